@@ -1,0 +1,46 @@
+"""Make README.md from nbs/index.ipynb, with nothing executed and the same bytes every time.
+
+nbdev's own `nbdev_readme` needs Quarto, which is in no package registry.
+"""
+import argparse, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def readme(notebook):
+    "The text of README.md for the notebook at this path"
+    import nbformat
+    from nbconvert import MarkdownExporter
+    nb = nbformat.read(notebook, as_version=4)
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type == "raw": continue  # front matter for the documentation site
+        lines = cell.source.splitlines()
+        directives = [l.replace(" ", "") for l in lines if re.match(r"\s*#\s*\|", l)]
+        if any(d in ("#|hide", "#|include:false") for d in directives): continue
+        cell.source = "\n".join(l for l in lines if not re.match(r"\s*#\s*\|", l)).strip()
+        for output in cell.get("outputs", []):
+            # A picture inside the notebook has no file that a README could point to.
+            if any(kind.startswith("image/") for kind in output.get("data", {})):
+                sys.exit(f"{notebook.name} stores a figure: save it in nbs/images/ and show it with ![…](images/….png)")
+        if cell.source: cells.append(cell)
+    nb.cells = cells
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    # Links are written from nbs/, where the notebook lies; the README lies one folder above.
+    text = re.sub(r'(\]\(|src="|href=")(?!https?:|mailto:|#|/)', r"\1nbs/", text)
+    text = text.replace("nbs/../", "")
+    # Three blank lines in a row are nbconvert's, not the author's.
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md differs")
+    check, path = parser.parse_args().check, ROOT/"README.md"
+    text = readme(ROOT/"nbs"/"index.ipynb")
+    if not check: path.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text: sys.exit("README.md differs from nbs/index.ipynb: run make readme")
+
+
+if __name__ == "__main__": main()
