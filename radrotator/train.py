@@ -248,4 +248,5 @@ def train_on_phantoms(
     sets = phantom_sets(folder/"sets", replace(plan, size=config.unet.size), workers, bar)
     trainer = Trainer(folder, config, PairDataset(sets), PairDataset(sets, folds=VALIDATE), device)
     trainer.resume()
-    return trainer.fit(minutes, about=dict(data=asdict(plan)) | (about or {}))
+    named = replace(plan, size=config.unet.size, bones=plan.bones and Path(plan.bones).name)  # weights say which file, not where it lay
+    return trainer.fit(minutes, about=dict(data=asdict(named)) | (about or {}))

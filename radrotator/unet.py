@@ -43,7 +43,7 @@ class UNetConfig:
 
     @classmethod
     def tiny(cls): return cls(size=64, channels=32, multipliers=(1, 2, 3, 4), blocks=1, attention=(8,), groups=8, conditions=3, learned_variance=False,
-                              head="planes", depths=(-105, -75, -45, -15, 15, 45, 75, 105))
+                              head="planes", depths=(-105, -75, -45, -15, 15, 45, 75, 105), fov=300.0)
 
 # %% ../nbs/07_unet.ipynb #79223ae0
 def step_embedding(
