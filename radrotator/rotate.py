@@ -17,7 +17,7 @@ from .core import RadRotatorError
 from .drr import AXES, LIMIT, check_angles
 from .radiograph import Radiograph, read_radiograph, restore
 from .sample import ddim, fixed_noise, guided, time_steps
-from .transforms import match_histogram, to_signed, to_unit
+from .transforms import match_histogram, to_signed, from_signed
 from .unet import UNet, load_weights
 
 # %% ../nbs/11_rotate.ipynb #af88f97c
@@ -83,7 +83,7 @@ def turn(
     input = repeat(to_signed(torch.from_numpy(np.asarray(picture, np.float32)))[None, None])
     vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32, device=model.device)
     with torch.no_grad(): views = ddim(guided(model.network, input, vectors, guidance), repeat(fixed_noise(model.size, seed)), grid, watch)
-    return to_unit(views)[:, 0].cpu().numpy()
+    return from_signed(views)[:, 0].cpu().numpy()
 
 # %% ../nbs/11_rotate.ipynb #bd25dbf9
 def as_radiograph(
