@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 'Device', 'Bones', 'Out', 'PICTURES', 'VOLUMES',
            'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite', 'check_name', 'check_bones',
-           'load_model', 'phantom_command', 'drr_command', 'rotate_command', 'check_run', 'command_line', 'commit',
-           'provenance', 'cores', 'train_command', 'trained', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item',
-           'item_rows', 'aligned', 'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'folder_beside',
-           'demo_command', 'demo_text']
+           'load_model', 'phantom_command', 'fitted', 'drr_command', 'rotate_command', 'check_run', 'command_line',
+           'commit', 'provenance', 'cores', 'train_command', 'trained', 'Item', 'seconds_per_view', 'ct_item',
+           'radiograph_item', 'item_rows', 'aligned', 'write_item', 'demo_inputs', 'demo_items', 'check_demo',
+           'folder_beside', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import contextlib, json, math, os, platform, shlex, shutil, subprocess, sys, tempfile, time
@@ -131,6 +131,18 @@ def phantom_command(
     print(f"wrote {out} and {labels}: phantom {seed}, {'×'.join(map(str, ct.shape))} voxels of {spacing:g} mm")
 
 # %% ../nbs/14_cli.ipynb #d96c48c8
+def fitted(
+    ct,          # `CT`
+    carm,        # `CArm` wished for
+    path: Path,  # where the CT came from, for the message
+    poses=None,  # (N, 3) degrees that must be possible; None: all within ±15°
+):               # `CArm` with a field of view in which the CT has no end
+    "Fit the field of view, and name the file that is too short for any."
+    from radrotator.drr import fit_fov
+    try: return fit_fov(ct, carm, poses)
+    except RadRotatorError as error: raise RadRotatorError(f"{path}: {error}") from None
+
+# %% ../nbs/14_cli.ipynb #2421fabb
 @app.command("drr")
 def drr_command(
     ct: Annotated[Path, typer.Argument(metavar="CT", help="NIfTI file, or folder with one DICOM series", show_default=False)],  # a volume
@@ -142,11 +154,11 @@ def drr_command(
     "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
     check_name(out)
     from radrotator.ct import read_ct
-    from radrotator.drr import CArm, check_angles, fit_fov, render
+    from radrotator.drr import CArm, check_angles, render
     from radrotator.radiograph import Radiograph, to_unit
     pose = check_angles(x, y, z)
     volume = read_ct(ct)
-    carm = fit_fov(volume, CArm(size=size, fov=fov))
+    carm = fitted(volume, CArm(size=size, fov=fov), ct)
     image = to_unit(render(volume, pose, carm, oversample=2)[0], ct)
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm"
     Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} at the isocentre (radrotator {radrotator.__version__})")
@@ -386,13 +398,10 @@ def demo_inputs(
     "Read what the user gives, so that it is refused at once if it must be."
     import numpy as np
     from radrotator.ct import read_ct
-    from radrotator.drr import CArm, fit_fov
+    from radrotator.drr import CArm
     from radrotator.radiograph import read_radiograph
-    pictures, volumes = [read_radiograph(path) for path in radiographs], []
-    for path in cts:
-        volumes.append(read_ct(path))
-        try: fit_fov(volumes[-1], CArm(), [np.zeros(3), *np.eye(3)*TURN])
-        except RadRotatorError as error: raise RadRotatorError(f"{path}: {error}") from None
+    pictures, volumes = [read_radiograph(path) for path in radiographs], [read_ct(path) for path in cts]
+    for volume, path in zip(volumes, cts): fitted(volume, CArm(), path, [np.zeros(3), *np.eye(3)*TURN])
     return volumes, pictures
 
 # %% ../nbs/14_cli.ipynb #74f67e1c

@@ -22,7 +22,7 @@ from .core import RadRotatorError
 from .diffusion import LAST, STEPS, add_noise, variance_loss, velocity, velocity_loss
 from .pairs import VALIDATE, Batch, PairDataset, PhantomPlan, phantom_sets
 from .transforms import TransformConfig, to_signed, training_transforms
-from .unet import UNet, UNetConfig, save_weights
+from .unet import UNet, UNetConfig, load_weights, save_weights
 
 # %% ../nbs/09_train.ipynb #83e2a563
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainConfig:
 
 # %% ../nbs/09_train.ipynb #e9ea64ac
 PRESETS = {"paper": TrainConfig(),
-           "tiny": TrainConfig(UNetConfig.tiny(), batch=32, steps=5_000, rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.25)}
+           "tiny": TrainConfig(UNetConfig.tiny(), batch=32, steps=5_000, rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.6)}
 
 # %% ../nbs/09_train.ipynb #297763e2
 def learning_rate(
@@ -195,6 +195,17 @@ def resume(self: Trainer) -> bool: # whether there was a checkpoint
     self.step, self.seconds = state["step"], state["seconds"]
     return True
 
+# %% ../nbs/09_train.ipynb #a0ee333d
+@patch
+def start_from(self: Trainer,
+    path: str | Path,  # .safetensors with the same network
+) -> dict:             # what those weights say of themselves
+    "Begin with trained weights instead of random ones: to go on with another recipe, or with patients of one's own."
+    network, about = load_weights(path)
+    if network.config != self.config.unet: raise RadRotatorError(f"{path} holds another network than the one to be trained; choose the preset that it was trained with")
+    for mine in (self.network, self.ema.network): mine.load_state_dict(network.state_dict())
+    return about
+
 # %% ../nbs/09_train.ipynb #35ecc0b0
 @patch
 def log(self: Trainer, **row):
@@ -241,12 +252,13 @@ def train_on_phantoms(
     workers: int = 1,           # processes that make phantoms
     device: str = "cpu",        # where to train
     about: dict | None = None,  # provenance to write into the weights
+    init: str | Path | None = None, # weights to start from instead of random ones
 ) -> Path:                      # the weights file
     "Render phantoms, train on them, write weights."
     folder = Path(folder)
     bar = lambda jobs, total: progress_bar(jobs, total=total)
     sets = phantom_sets(folder/"sets", replace(plan, size=config.unet.size), workers, bar)
     trainer = Trainer(folder, config, PairDataset(sets), PairDataset(sets, folds=VALIDATE), device)
-    trainer.resume()
+    if not trainer.resume() and init: about = dict(about or {}, init=trainer.start_from(init))
     named = replace(plan, size=config.unet.size, bones=plan.bones and Path(plan.bones).name)  # weights say which file, not where it lay
     return trainer.fit(minutes, about=dict(data=asdict(named)) | (about or {}))

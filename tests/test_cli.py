@@ -30,6 +30,7 @@ def made(tmp_path_factory):
     z, y, x = np.mgrid[-1:1:60j, -1:1:40j, -1:1:50j]
     hu = np.where(x**2 + y**2 < 0.8, 40.0, -1000.0) + 900*((abs(x) - 0.5)**2 + y**2 + (z/2)**2 < 0.05)
     write_ct(CT(hu.transpose(2, 1, 0).astype(np.float32), np.diag([8.0, 6, 8, 1])), folder/"body.nii.gz")
+    write_ct(CT(hu.transpose(2, 1, 0)[:, :, 20:40].astype(np.float32), np.diag([8.0, 6, 8, 1])), folder/"slab.nii.gz")
     (folder/"letter.dcm").write_text("Dear colleague,\nthe patient …\n")
     (folder/"short.png").write_bytes((folder/"hip.png").read_bytes()[:400])
     (folder/"short.nii.gz").write_bytes((folder/"body.nii.gz").read_bytes()[:2000])
@@ -79,7 +80,7 @@ def accept(capfd, *words):
 BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "short.png": "cut short", "body.nii.gz": "radrotator drr", "series": "radrotator drr",
                    "series/slice.dcm": "radrotator drr", "untrained.safetensors": "not a DICOM"}
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
-           "series/slice.dcm": "whole series", "other": "no DICOM file"}
+           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
 BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
 
