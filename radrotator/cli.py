@@ -189,7 +189,7 @@ def rotate_command(
     seconds = time.perf_counter() - began
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
     sampling = model.defaults | {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
-    view.write(out, f"Patient turned by Rz·Ry·Rx: {text}; weights {name}, steps {sampling['steps']}, guidance {sampling['guidance']:g}, seed {seed}")
+    view.write(out, f"Patient turned by Rz·Ry·Rx: {text}; weights {name}, steps {sampling['steps']}, guidance {sampling['guidance']:g}, tone {sampling['tone'] or 'as given'}, seed {seed}")
     print(f"wrote {out}: {text}, in {seconds:.2f} s")
 
 # %% ../nbs/14_cli.ipynb #c59ed6e6
@@ -259,24 +259,27 @@ def train_command(
     bones: Bones = None,  # file of bone surfaces
     seed: Seed = 0,       # of phantoms, pairs and weights
     steps: Annotated[int | None, typer.Option(min=1, help="of training  [default: the preset's]", show_default=False)] = None,  # of training
+    init: Annotated[Path | None, typer.Option("--init", help="trained weights to start from  [default: random ones]", show_default=False)] = None,  # a file
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="processes that make phantoms  [default: one for each core]", show_default=False)] = None,  # processes
     device: Device = "auto",  # where to train
 ):
     "Train a model on phantoms. The weights are OUT/weights.safetensors."
-    asked = dict(preset=preset, phantoms=phantoms, seed=seed, steps=steps, bones=bones and bones.name)
+    asked = dict(preset=preset, phantoms=phantoms, seed=seed, steps=steps, bones=bones and bones.name, init=init and init.name)
     check_run(out, asked)
     check_bones(bones)
     from radrotator.rotate import pick_device
     from radrotator.pairs import PhantomPlan
     from radrotator.train import PRESETS, train_on_phantoms
+    from radrotator.unet import load_weights
     if preset not in PRESETS: raise RadRotatorError(f"there is no preset {preset!r}; choose {' or '.join(PRESETS)}")
     config, device = replace(PRESETS[preset], seed=seed), pick_device(device)
     if steps: config = replace(config, steps=steps)
     plan = PhantomPlan(phantoms, seed, config.unet.size, bones=bones and str(bones))
     out.mkdir(exist_ok=True)
     with write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asked))
+    if init: load_weights(init)   # refused now rather than after the phantoms
     print(f"training {preset} on {device}; progress goes to {out/'log.csv'}", flush=True)
-    weights = train_on_phantoms(out, config, plan, minutes, workers or cores(), device, provenance(context, plan, device))
+    weights = train_on_phantoms(out, config, plan, minutes, workers or cores(), device, provenance(context, plan, device), init)
     print(trained(weights))
 
 # %% ../nbs/14_cli.ipynb #a3068db5

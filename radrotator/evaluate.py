@@ -79,10 +79,11 @@ def view_sheet(
     for axes, view in zip(figure.subplots(len(views), 5, squeeze=False), views):
         turn = ", ".join(f"{axis} = {angle:+g}°" for axis, angle in zip(AXES, view.rotation) if angle) or "no rotation"
         for ax in axes: ax.axis("off")
+        window = dict(cmap="gray", vmin=np.percentile(view.input, 3), vmax=1)  # else a little air takes up half of the greys
         pictures = [(view.input, f"{view.name}: input"), (view.rotated, f"rotated, {turn}")]
-        for ax, (picture, title) in zip(axes, pictures): ax.imshow(picture, cmap="gray", vmin=0, vmax=1); ax.set_title(title, fontsize=7)
+        for ax, (picture, title) in zip(axes, pictures): ax.imshow(picture, **window); ax.set_title(title, fontsize=7)
         if view.truth is None: continue
-        axes[2].imshow(view.truth, cmap="gray", vmin=0, vmax=1); axes[2].set_title("true view", fontsize=7)
+        axes[2].imshow(view.truth, **window); axes[2].set_title("true view", fontsize=7)
         for ax, picture, title in zip(axes[3:], (view.rotated, view.input), ("|rotated − true|", "|input − true|")):
             ax.imshow(np.abs(picture - view.truth), cmap="magma", vmin=0, vmax=0.2); ax.set_title(title, fontsize=7)
     return figure

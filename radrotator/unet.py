@@ -273,7 +273,10 @@ def load_weights(
     except FileNotFoundError: raise RadRotatorError(f"there is no weights file {path}; check the name") from None
     except (SafetensorError, OSError): raise RadRotatorError(f"{path} is not a readable .safetensors file; it may be damaged or of another kind") from None
     if "config" not in metadata: raise RadRotatorError(f"{path} holds tensors but no RadRotator configuration; it is not a weights file of this program")
-    known = json.loads(metadata["config"])
-    network = UNet(UNetConfig(**{f.name: tuple(v) if isinstance(v := known[f.name], list) else v for f in fields(UNetConfig)}))
-    network.load_state_dict(tensors)
-    return network.to(device).eval(), json.loads(metadata["about"])
+    try:
+        known = json.loads(metadata["config"])
+        network = UNet(UNetConfig(**{f.name: tuple(v) if isinstance(v := known[f.name], list) else v for f in fields(UNetConfig)}))
+        network.load_state_dict(tensors)
+        return network.to(device).eval(), json.loads(metadata["about"])
+    except (KeyError, TypeError, ValueError, RuntimeError): # a setting, a tensor or a shape that is not ours
+        raise RadRotatorError(f"{path} was written for another network than this version of RadRotator builds; use weights of this version") from None
