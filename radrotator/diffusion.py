@@ -104,7 +104,7 @@ def velocity_loss(
 def reverse_step(
     t: torch.Tensor,      # (B,) int steps
     like: torch.Tensor,   # (B, ...) an image batch
-) -> tuple[torch.Tensor, ...]: # β_t, β̃_t (never zero), and the weights of x_0 and x_t in the posterior mean; each (B, 1, 1, 1) float64
+) -> tuple[torch.Tensor, ...]: # β_t, β̃_t (never zero), and the weight of x_0 in the posterior mean; each (B, 1, 1, 1) float64
     "The Gaussian q(x_{t-1} | x_t, x_0)."
     now = ALPHA_BAR.to(t.device)[t]
     before = torch.where(t > 0, ALPHA_BAR.to(t.device)[(t - 1).clamp(min=0)], 1.0)
@@ -112,7 +112,7 @@ def reverse_step(
     second = 1 - (ALPHA_BAR[1]/ALPHA_BAR[0]).item()                                # β_1: what stands in for β̃_0 = 0, as in the original
     posterior = torch.where(t > 0, beta*(1 - before)/(1 - now), second*(1 - ALPHA_BAR[0].item())/(1 - ALPHA_BAR[1].item()))
     shape = lambda value: value.view(-1, *[1]*(like.ndim - 1))
-    return tuple(map(shape, (beta, posterior, beta*before.sqrt()/(1 - now), (1 - before)*(1 - beta).sqrt()/(1 - now))))
+    return tuple(map(shape, (beta, posterior, beta*before.sqrt()/(1 - now))))
 
 # %% ../nbs/06_diffusion.ipynb #86c71eb3
 def variance_loss(
@@ -123,7 +123,7 @@ def variance_loss(
     t: torch.Tensor,     # (B,) int steps
 ) -> torch.Tensor:       # scalar, bits per dimension
     "KL divergence of the true reverse step from the predicted one, the mean detached."
-    beta, posterior, on_clean, _ = reverse_step(t, x_t)
+    beta, posterior, on_clean = reverse_step(t, x_t)
     log_variance = (o.double() + 1)/2*beta.log() + (1 - o.double())/2*posterior.log()
     squared = (on_clean*(clean_from(x_t, t, v.detach()) - x0)).square()
     divergence = 0.5*(-1 + log_variance - posterior.log() + (posterior + squared)*(-log_variance).exp())

@@ -137,7 +137,7 @@ def markdown_table(
 def publish(
     model: RadRotator,     # as trained
     path: str | Path,      # .safetensors
-    sampling: dict,        # steps and guidance that become the default
+    sampling: dict,        # steps, guidance and tone that become the default
     report: dict,          # what was judged → rows of `summary`
 ):
     "Write weights for others: half precision, with their default sampling and their report."

@@ -6,6 +6,7 @@
 __all__ = ['pick_device', 'RadRotator', 'turn', 'standard_tone', 'as_radiograph', 'views_of']
 
 # %% ../nbs/11_rotate.ipynb #5970f997
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -26,8 +27,9 @@ def pick_device(
 ) -> str:                  # "cpu" or "cuda…"
     "The device that is meant, or a refusal."
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"): raise RadRotatorError(f"there is no device {device!r}; choose auto, cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device): raise RadRotatorError(f"there is no device {device!r}; choose auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available(): raise RadRotatorError("the device cuda is asked for, but PyTorch finds no CUDA GPU here; choose auto or cpu")
+    if ":" in device and int(device[5:]) >= torch.cuda.device_count(): raise RadRotatorError(f"the device {device} is asked for, but there are {torch.cuda.device_count()} GPUs here, counted from 0")
     return device
 
 # %% ../nbs/11_rotate.ipynb #04571f77

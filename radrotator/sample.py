@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .core import RadRotatorError
-from .diffusion import ALPHA_BAR, LAST, STEPS, clean_from, roots
+from .diffusion import STEPS, clean_from, roots
 from .unet import UNet
 
 # %% ../nbs/08_sample.ipynb #bbc06337

@@ -8,10 +8,11 @@ __all__ = ['HEADS', 'UNetConfig', 'step_embedding', 'ResidualBlock', 'AttentionB
 
 # %% ../nbs/07_unet.ipynb #8903a20c
 import json, math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from .core import RadRotatorError, write_beside
 from .diffusion import GUESS_ERROR, roots
-from .drr import LIMIT, CArm, plane_homographies
+from .drr import CONVENTION, LIMIT, CArm, plane_homographies
 
 # %% ../nbs/07_unet.ipynb #26f5a175
 @dataclass(frozen=True)
@@ -173,23 +174,25 @@ class UNet(nn.Module):
         rotation = torch.where(drop[:, None], self.null_cls_embed, self.class_embed(vector))
         return self.time_embed(step_embedding(t, self.config.channels)) + rotation
 
-    def forward(self,
-        x_t,        # (B, 1, H, W) noisy target, in [-1, 1] plus noise
-        t,          # (B,) int steps
-        input,      # (B, 1, H, W) the radiograph given, in [-1, 1]
-        vector,     # (B, 3) degrees, V
-        drop=None,  # (B,) bool, None: none
-    ):              # (B, 1, H, W) velocity; (B, 1, H, W) second output or None
-        "Predict the velocity."
-        drop = torch.zeros(len(t), dtype=torch.bool, device=t.device) if drop is None else drop
-        embedding = self.embed(t, vector, drop)
-        h, kept = torch.cat([x_t, input], dim=1), []
-        for stage in self.input_blocks: kept.append(h := stage(h, embedding))
-        h = self.middle_block(h, embedding)
-        for stage in self.output_blocks: h = stage(torch.cat([h, kept.pop()], dim=1), embedding)
-        h = self.out(h).float()
-        split = self.head.channels
-        return self.head(h[:, :split], x_t, t, input, torch.where(drop[:, None], 0, vector)), h[:, split:] if self.config.learned_variance else None
+# %% ../nbs/07_unet.ipynb #af4b222a
+@patch
+def forward(self: UNet,
+    x_t,        # (B, 1, H, W) noisy target, in [-1, 1] plus noise
+    t,          # (B,) int steps
+    input,      # (B, 1, H, W) the radiograph given, in [-1, 1]
+    vector,     # (B, 3) degrees, V
+    drop=None,  # (B,) bool: whose rotation is forgotten; None: nobody's
+):              # (B, 1, H, W) velocity; (B, 1, H, W) second output or None
+    "Predict the velocity."
+    drop = torch.zeros(len(t), dtype=torch.bool, device=t.device) if drop is None else drop
+    embedding = self.embed(t, vector, drop)
+    h, kept = torch.cat([x_t, input], dim=1), []
+    for stage in self.input_blocks: kept.append(h := stage(h, embedding))
+    h = self.middle_block(h, embedding)
+    for stage in self.output_blocks: h = stage(torch.cat([h, kept.pop()], dim=1), embedding)
+    h = self.out(h).float()
+    split = self.head.channels
+    return self.head(h[:, :split], x_t, t, input, torch.where(drop[:, None], 0, vector)), h[:, split:] if self.config.learned_variance else None
 
 # %% ../nbs/07_unet.ipynb #966dbc3d
 class VelocityHead(nn.Module):
@@ -209,7 +212,7 @@ def turn_planes(
     B, K, H, W = layers.shape
     w, u = torch.meshgrid(*((torch.arange(n, device=layers.device)*2 + 1)/n - 1 for n in (H, W)), indexing="ij")
     pixels = torch.stack([u, w, torch.ones_like(u)], dim=-1).reshape(1, 1, H*W, 3)
-    where = pixels @ homographies.transpose(-1, -2)
+    with torch.autocast(layers.device.type, enabled=False): where = pixels @ homographies.transpose(-1, -2)  # half precision would move pixels
     where = (where[..., :2]/where[..., 2:]).view(B, K, H, W, 2) + flow.permute(0, 2, 3, 1)[:, None]
     return F.grid_sample(layers.reshape(B*K, 1, H, W), where.reshape(B*K, H, W, 2), padding_mode="border", align_corners=False).view(B, K, H, W).sum(1, keepdim=True)
 
@@ -257,7 +260,7 @@ def save_weights(
     dtype: torch.dtype = torch.float32, # of the tensors in the file
 ):
     "Write network, configuration and provenance into one file."
-    metadata = dict(config=json.dumps(asdict(network.config)), about=json.dumps(about))
+    metadata = dict(convention=CONVENTION, config=json.dumps(asdict(network.config)), about=json.dumps(about))
     tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in network.state_dict().items()}
     with write_beside(path) as temporary: save_file(tensors, temporary, metadata)
 
@@ -275,7 +278,7 @@ def load_weights(
     if "config" not in metadata: raise RadRotatorError(f"{path} holds tensors but no RadRotator configuration; it is not a weights file of this program")
     try:
         known = json.loads(metadata["config"])
-        network = UNet(UNetConfig(**{f.name: tuple(v) if isinstance(v := known[f.name], list) else v for f in fields(UNetConfig)}))
+        network = UNet(UNetConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}))
         network.load_state_dict(tensors)
         return network.to(device).eval(), json.loads(metadata["about"])
     except (KeyError, TypeError, ValueError, RuntimeError): # a setting, a tensor or a shape that is not ours
