@@ -39,8 +39,6 @@ clean:
 	rm -rf demo build dist *.egg-info .pytest_cache _proc _docs nbs/nbdev.yml
 	find radrotator tests nbs .ci -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV): $(INSTALLED)
-
 $(INSTALLED): setup.py settings.ini
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("RadRotator needs Python 3.11 or newer and %s is %d.%d: name another, as in make PYTHON=python3.12" % ((sys.executable,) + v) if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

@@ -25,7 +25,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     packages=find_packages(include=["radrotator", "radrotator.*"]),
-    include_package_data=True,  # what MANIFEST.in names: the weights
+    package_data={"radrotator": ["weights/*.safetensors"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d'],  # links in other nbdev sites

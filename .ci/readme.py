@@ -24,7 +24,10 @@ def readme(notebook):
             # A picture inside the notebook has no file that a README could point to.
             if any(kind.startswith("image/") for kind in output.get("data", {})):
                 sys.exit(f"{notebook.name} stores a figure: save it in nbs/images/ and show it with ![…](images/….png)")
-        if cell.source: cells.append(cell)
+        if "#|echo:false" in directives:  # what it shows, not how
+            shown = [output.data["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {})]
+            cells += [nbformat.v4.new_markdown_cell("".join(text)) for text in shown]
+        elif cell.source: cells.append(cell)
     nb.cells = cells
     text, _ = MarkdownExporter().from_notebook_node(nb)
     # Links are written from nbs/, where the notebook lies; the README lies one folder above.

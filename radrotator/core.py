@@ -24,7 +24,8 @@ def write_beside(
     path = Path(path)
     if not path.parent.is_dir():
         raise RadRotatorError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix="".join(path.suffixes), dir=path.parent)
+    suffix = "".join(path.suffixes)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name.removesuffix(suffix)}-", suffix=suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -47,12 +48,16 @@ def check_output(
     path: str | Path,    # where a result is to be written
     force: bool = False, # write over what is there
 ) -> Path:               # the same path
-    "Refuse an output whose folder is missing or that exists already."
+    "Refuse an output whose folder is missing or closed, whose name is too long, or that exists already."
     path = Path(path)
     if not path.parent.is_dir():
         raise RadRotatorError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
+    if len(os.fsencode(path.name)) > 240:  # a file system takes 255; the temporary name is longer by a few
+        raise RadRotatorError(f"cannot write {path.name[:20]}…: the name is too long; choose a shorter one")
     if path.exists() and not force:
         raise RadRotatorError(f"cannot write {path}: it exists already; choose another name or remove it first")
+    if not os.access(path.parent, os.W_OK):
+        raise RadRotatorError(f"cannot write {path}: you may not write in the folder {path.parent}; choose another one")
     return path
 
 # %% ../nbs/00_core.ipynb #02e79b3d

@@ -477,9 +477,9 @@ def write_ct(
     path,  # .nii or .nii.gz; labels go beside it, as NAME_labels.nii.gz
 ):
     "Write a CT as NIfTI, HU rounded to whole numbers; nothing else about the patient."
+    write_nifti(np.rint(ct.hu).astype(np.int16), ct.affine, path)  # first: labels of no CT would be of no use
     if ct.labels is not None:
         write_nifti(ct.labels.astype(np.uint8), ct.affine, Path(path).with_name(f"{stem_of(path)}_labels.nii.gz"))
-    write_nifti(np.rint(ct.hu).astype(np.int16), ct.affine, path)
 
 # %% ../nbs/01_ct.ipynb #6a79837d
 @patch

@@ -11,8 +11,7 @@ __all__ = ['LABELS', 'BAND', 'BONES', 'AXIS', 'METAL', 'POLYETHYLENE', 'Grid', '
            'own_pelvis', 'turn', 'placed', 'warped', 'Hip', 'femur_frame', 'femur', 'arch', 'vertebra', 'lumbar',
            'tail', 'Prosthesis', 'cup', 'stem', 'resected', 'Skeleton', 'skeleton', 'replaced', 'Density',
            'noise_field', 'Scene', 'bone_hu', 'draw_bone', 'densities', 'Body', 'oval_depth', 'skin_depth',
-           'body_ovals', 'wall', 'cavity', 'blob', 'contents', 'soft_tissue', 'draw_bones', 'checked_atlas', 'phantom',
-           'population']
+           'body_ovals', 'wall', 'cavity', 'blob', 'contents', 'soft_tissue', 'draw_bones', 'checked_atlas', 'phantom']
 
 # %% ../nbs/02_phantom.ipynb #8a7d6d85
 from dataclasses import dataclass, replace
@@ -134,8 +133,9 @@ def tube(
 
 # %% ../nbs/02_phantom.ipynb #333eae81
 BAND = 8.0  # mm
+_CACHE = __name__ != "__main__"  # compiled code is kept for the module; between the cells of a notebook numba would miss a changed callee
 
-@njit(cache=True, fastmath=True, error_model="numpy")
+@njit(cache=_CACHE, fastmath=True, error_model="numpy")
 def closest(
     pu, pv,      # p·u, p·v with p from the corner a, mm²
     uu, uv, vv,  # u·u, u·v, v·v, mm²
@@ -155,7 +155,7 @@ def closest(
     return s, t
 
 # %% ../nbs/02_phantom.ipynb #2c25d122
-@njit(cache=True, fastmath=True, error_model="numpy")
+@njit(cache=_CACHE, fastmath=True, error_model="numpy")
 def swept_distance(
     triangles,  # (F, 3, 3) mm
     radii,      # (F, 3) mm
@@ -185,7 +185,7 @@ def swept_distance(
                     if d < out[i, j, k]: out[i, j, k] = d
 
 # %% ../nbs/02_phantom.ipynb #bb1618e4
-@njit(cache=True, fastmath=True, error_model="numpy")
+@njit(cache=_CACHE, fastmath=True, error_model="numpy")
 def toggle(
     triangles,  # (F, 3, 3) mm
     origin,     # (3,) mm of the first voxel
@@ -222,8 +222,8 @@ def inside(
 
 # %% ../nbs/02_phantom.ipynb #d2d7d2b7
 def part_distance(
-    part: Part,
-    grid: Grid,
+    part: Part,   # skin or clothed skeleton
+    grid: Grid,   # of the phantom
     box,          # three slices of the grid
 ) -> np.ndarray:  # (X, Y, Z) float32 mm, negative inside, at most BAND
     "Signed distance to one part."
@@ -248,7 +248,7 @@ def smooth_min(
 # %% ../nbs/02_phantom.ipynb #58898ae3
 def distance(
     parts,       # list of Part, joined and carved in this order
-    grid: Grid,
+    grid: Grid,  # of the phantom
 ) -> tuple:      # (X, Y, Z) float32 mm, and the three slices of the grid where it stands
     "Signed distance to a solid."
     low, high = zip(*[p.bounds for p in parts if not p.carve])
@@ -284,7 +284,7 @@ class Pelvis:
 
 # %% ../nbs/02_phantom.ipynb #79665908
 def mirrored(
-    pelvis: Pelvis,
+    pelvis: Pelvis,  # as it is
 ) -> Pelvis:
     "Left and right exchanged."
     other = dict(hip_left="hip_right", hip_right="hip_left", sacrum="sacrum", left="right", right="left")
@@ -333,7 +333,7 @@ def rigid(
 # %% ../nbs/02_phantom.ipynb #87b47a32
 def aligned(
     shapes,    # (P, N, 3) mm
-    rounds=3,
+    rounds=3,  # of alignment to the mean
 ) -> tuple:    # (P, N, 3) and their mean (N, 3)
     "Generalised Procrustes alignment without scaling; the mean keeps the patients' mean orientation."
     mean = shapes.mean(0)
@@ -345,7 +345,7 @@ def aligned(
 # %% ../nbs/02_phantom.ipynb #93d24c20
 def patient_folds(
     n: int,       # patients
-    folds=7,
+    folds=7,      # how many
 ) -> np.ndarray:  # (n,) 1 … folds
     "Folds by patient, the same on every machine."
     out = np.empty(n, int)
@@ -423,12 +423,12 @@ def load_surfaces(
         with np.load(path, allow_pickle=False) as z:
             faces = {b: z["faces_" + b] for b in BONES}
             vertices = z["vertices"].astype(np.float64)
-    except (KeyError, ValueError, OSError, EOFError, AttributeError, TypeError) as e:
+    except Exception as e:  # whatever NumPy, zipfile and zlib make of it
         raise RadRotatorError(f"{path}: not a bone atlas (a NumPy archive with vertices and faces_hip_left, faces_hip_right, faces_sacrum); give another file") from e
     if vertices.ndim != 4 or vertices.shape[1] != 3 or vertices.shape[3] != 3 or len(vertices) < 8 or not np.isfinite(vertices).all():
         raise RadRotatorError(f"{path}: the vertices are not finite numbers of shape (patients ≥ 8, 3 bones, V, 3); pack the atlas again")
-    if any(f.ndim != 2 or f.shape[1] != 3 or f.min() < 0 or f.max() >= vertices.shape[2] for f in faces.values()):
-        raise RadRotatorError(f"{path}: faces name vertices that are not there; pack the atlas again")
+    if any(f.dtype.kind not in "iu" or f.ndim != 2 or f.shape[1] != 3 or not len(f) or f.min() < 0 or f.max() >= vertices.shape[2] for f in faces.values()):
+        raise RadRotatorError(f"{path}: the faces are not three numbers each of vertices that are there; pack the atlas again")
     return np.stack([despiked(vertices[:, i], faces[b]) for i, b in enumerate(BONES)], 1), faces
 
 # %% ../nbs/02_phantom.ipynb #66ce6691
@@ -483,7 +483,7 @@ def patient(
 @patch
 def sample(
     self: BoneAtlas,
-    g: np.random.Generator,
+    g: np.random.Generator,  # random numbers
 ) -> Pelvis:
     "A shape within ±2.5 standard deviations of the training patients along every mode, or its mirror image."
     z = g.standard_normal(len(self.deviations)).clip(-2.5, 2.5)
@@ -525,7 +525,7 @@ class Build:
 
 # %% ../nbs/02_phantom.ipynb #5d426856
 def fitted(
-    build: Build,
+    build: Build, # dimensions wished for
 ):                # function (..., 3) mm -> (..., 3) mm, of either side
     "The map that gives the template the dimensions of a build."
     mean, wider = Build(), build.hips/Build().hips
@@ -541,7 +541,7 @@ def fitted(
 # %% ../nbs/02_phantom.ipynb #3b5e1483
 def refined(
     values,       # (M, ...) at equal steps
-    n: int,
+    n: int,       # rows wished for
 ) -> np.ndarray:  # (n, ...)
     "More rows by a cubic spline along the first axis."
     values = np.asarray(values, float)
@@ -598,7 +598,7 @@ def cap(
 
 # %% ../nbs/02_phantom.ipynb #83439d5f
 def acetabulum(
-    build: Build,
+    build: Build, # radius and angles of the socket
     centre,       # (3,) mm
 ) -> tuple:       # its wall, and the hollow to carve
     "Right acetabulum: a wall with a notch below, around a socket that is open towards `opening`."
@@ -689,7 +689,7 @@ def own_pelvis(
 # %% ../nbs/02_phantom.ipynb #e9f2676e
 def turn(
     axis: int,       # 0, 1, 2
-    degrees: float,
+    degrees: float,  # angle
 ) -> np.ndarray:     # (3, 3)
     "Rotation about a coordinate axis, right-hand rule."
     a, (i, j) = np.deg2rad(degrees), [(1, 2), (2, 0), (0, 1)][axis]
@@ -700,8 +700,8 @@ def turn(
 
 # %% ../nbs/02_phantom.ipynb #93dfb876
 def placed(
-    pelvis: Pelvis,
-    g: np.random.Generator,
+    pelvis: Pelvis,          # as it stands upright
+    g: np.random.Generator,  # random numbers
 ) -> Pelvis:
     "Tilt by 0 ± 4°, tip and turn by 0 ± 2°, shift by up to 15 mm along each axis."
     tilt, tip, twist = g.normal(0, (4, 2, 2))
@@ -710,8 +710,8 @@ def placed(
 
 # %% ../nbs/02_phantom.ipynb #5a5b529b
 def warped(
-    pelvis: Pelvis,
-    g: np.random.Generator,
+    pelvis: Pelvis, # to bend
+    g: np.random.Generator, # random numbers
     size=2.5,     # mm, standard deviation
     length=70.0,  # mm: 2π of it is a typical wavelength
 ) -> Pelvis:
@@ -747,7 +747,7 @@ class Hip:
 # %% ../nbs/02_phantom.ipynb #7d6b9e06
 def femur_frame(
     centre,      # (3,) mm, centre of the acetabulum
-    hip: Hip,
+    hip: Hip,    # the femur and how it stands
     side: str,   # left, right
 ) -> tuple:      # base (3,) mm in the femur's frame, and the map from there to the patient
     "Where neck and shaft meet, and how a femur is placed."
@@ -761,7 +761,7 @@ def femur_frame(
 def femur(
     centre,       # (3,) mm
     radius: float,# of the head, mm
-    hip: Hip,
+    hip: Hip,     # the femur and how it stands
     side: str,    # left, right
 ) -> list:        # of Part: head, neck, shaft, greater and lesser trochanter
     "A proximal femur."
@@ -805,9 +805,9 @@ def vertebra(
 
 # %% ../nbs/02_phantom.ipynb #a66562db
 def lumbar(
-    pelvis: Pelvis,
-    g: np.random.Generator,
-    count=5,
+    pelvis: Pelvis,         # what the spine stands on
+    g: np.random.Generator, # random numbers
+    count=5,                # vertebrae
 ) -> list:                  # of Part
     "Vertebrae on the end plate of S1, more upright from one to the next, with a little scoliosis."
     span, middle = pelvis.endplate[0] - pelvis.endplate[1], pelvis.endplate.mean(0)
@@ -825,8 +825,8 @@ def lumbar(
 
 # %% ../nbs/02_phantom.ipynb #987924d1
 def tail(
-    pelvis: Pelvis,
-    g: np.random.Generator,
+    pelvis: Pelvis,         # what the coccyx hangs on
+    g: np.random.Generator, # random numbers
 ) -> list:                  # of Part
     "S4, S5 and the coccyx, down and then forwards from where a surface of S1–S3 ends."
     if pelvis.tail is None: return []
@@ -857,7 +857,7 @@ class Prosthesis:
 
 # %% ../nbs/02_phantom.ipynb #843d4e74
 def cup(
-    prosthesis: Prosthesis,
+    prosthesis: Prosthesis,  # what is implanted
     centre, radius,          # (3,) mm and mm of the acetabulum
 ) -> tuple:                  # lists of Part: shell, liner, head
     "What stands in the socket."
@@ -871,9 +871,9 @@ def cup(
 
 # %% ../nbs/02_phantom.ipynb #7fef1d5d
 def stem(
-    prosthesis: Prosthesis,
+    prosthesis: Prosthesis,  # what is implanted
     centre,                  # (3,) mm
-    hip: Hip,
+    hip: Hip,                # the femur that holds it
 ) -> list:                   # of Part
     "Neck and tapered stem, along the femur's own neck and canal."
     base, place = femur_frame(centre, hip, prosthesis.side)
@@ -888,8 +888,8 @@ def resected(
     parts,                  # list of Part: a femur
     centre,                 # (3,) mm
     radius: float,          # mm, of its head
-    hip: Hip,
-    side: str,
+    hip: Hip,               # the femur and how it stands
+    side: str,              # left, right
 ) -> list:
     "The femur without head and most of the neck."
     base, place = femur_frame(centre, hip, side)
@@ -910,7 +910,7 @@ class Skeleton:
 
 # %% ../nbs/02_phantom.ipynb #0ceb01f5
 def skeleton(
-    seed: int,
+    seed: int,              # of every random choice
     implant=False,          # False, True, "left" or "right"
     atlas=None,             # BoneAtlas; None: own shapes
     patient=None,           # row of the atlas; None: a new shape
@@ -932,8 +932,8 @@ def skeleton(
 
 # %% ../nbs/02_phantom.ipynb #c21aad3f
 def replaced(
-    skeleton: Skeleton,
-    prosthesis: Prosthesis,
+    skeleton: Skeleton,      # all bones, before the operation
+    prosthesis: Prosthesis,  # what is implanted
 ) -> Skeleton:
     "Ream the socket and resect the femur for a hip replacement."
     s = prosthesis.side
@@ -955,8 +955,8 @@ class Density:
 
 # %% ../nbs/02_phantom.ipynb #8470ce6b
 def noise_field(
-    g: np.random.Generator,
-    grid: Grid,
+    g: np.random.Generator,  # random numbers
+    grid: Grid,              # of the phantom
     length: float,           # mm between independent values
 ) -> np.ndarray:             # (X, Y, Z) float32, mean about 0, standard deviation 1
     "A random lattice, interpolated by cubic B-splines."
@@ -986,8 +986,8 @@ class Scene:
 def bone_hu(
     d,                 # (X, Y, Z) mm, signed distance
     box,               # three slices of the grid
-    scene: Scene,
-    density: Density,
+    scene: Scene,      # grid and texture of the phantom
+    density: Density,  # of this bone
 ) -> tuple:            # HU of the bone in each voxel, and the share of the voxel that is bone
     "A soft-edged cortex around spongy bone."
     h, cortex, spongy = 1.4*scene.grid.spacing, density.cortex, density.spongy*(1 + density.vary*scene.texture[box])
@@ -999,10 +999,10 @@ def bone_hu(
 
 # %% ../nbs/02_phantom.ipynb #ad656a91
 def draw_bone(
-    scene: Scene,
+    scene: Scene,      # the phantom, changed in place
     parts,             # list of Part
-    label: str,
-    density: Density,
+    label: str,        # a name in LABELS
+    density: Density,  # of this bone
 ):
     "Paint a bone into the scene."
     d, box = distance(parts, scene.grid)
@@ -1012,7 +1012,7 @@ def draw_bone(
 
 # %% ../nbs/02_phantom.ipynb #556cf39f
 def densities(
-    skeleton: Skeleton,
+    skeleton: Skeleton,  # all bones
     compact, spongy,     # HU
 ) -> dict:               # label -> Density
     "How dense each bone is, and where."
@@ -1046,7 +1046,7 @@ class Body:
                    g.uniform(0.3, 0.7), int(g.integers(0, 14)), g.uniform(18, 42))
 
 # %% ../nbs/02_phantom.ipynb #6b91fb6e
-@njit(cache=True, fastmath=True, error_model="numpy")
+@njit(cache=_CACHE, fastmath=True, error_model="numpy")
 def oval_depth(
     dx, dy,  # mm from the middle
     w, d,    # mm, half axes
@@ -1057,7 +1057,7 @@ def oval_depth(
     return min((1 - q)*np.sqrt(dx*dx + dy*dy)/q, min(w, d)) if q > 0.05 else min(w, d)
 
 # %% ../nbs/02_phantom.ipynb #e5fc7b04
-@njit(cache=True, fastmath=True, error_model="numpy")
+@njit(cache=_CACHE, fastmath=True, error_model="numpy")
 def skin_depth(
     x, y,   # (X,), (Y,) mm
     ovals,  # (3, Z, 4) mm: half width, half depth, middle R and A of trunk and thighs
@@ -1078,9 +1078,9 @@ def skin_depth(
 
 # %% ../nbs/02_phantom.ipynb #75a023ac
 def body_ovals(
-    body: Body,
-    grid: Grid,
-    skeleton: Skeleton,
+    body: Body,          # habitus
+    grid: Grid,          # of the phantom
+    skeleton: Skeleton,  # all bones
 ) -> np.ndarray:         # (3, Z, 4) mm: half width, half depth, middle R and A of trunk and thighs
     "Trunk, rounded off at the crotch, and a thigh around each femur."
     z, mid = grid.axes()[2].ravel().astype(float), skeleton.pelvis.centre
@@ -1100,8 +1100,8 @@ def body_ovals(
 
 # %% ../nbs/02_phantom.ipynb #8db4dace
 def wall(
-    scene: Scene,
-    body: Body,
+    scene: Scene,            # the phantom, changed in place
+    body: Body,              # habitus
     depth,                   # (X, Y, Z) mm below the skin
     noise,                   # three fields: slow, middle, fine
     back,                    # mm, A coordinate of the hip centres
@@ -1122,10 +1122,10 @@ def wall(
 
 # %% ../nbs/02_phantom.ipynb #ab344f95
 def cavity(
-    scene: Scene,
+    scene: Scene,        # the phantom, changed in place
     tissue,              # (X, Y, Z) HU, changed in place
-    body: Body,
-    pelvis: Pelvis,
+    body: Body,          # habitus
+    pelvis: Pelvis,      # hip bones and sacrum
     noise,               # three fields: slow, middle, fine
 ) -> tuple:              # height (Z,) above the hip centres, half width, half depth and middle A of the cavity there, mm
     "Fat and bowel in front of spine and sacrum."
@@ -1143,12 +1143,12 @@ def cavity(
 
 # %% ../nbs/02_phantom.ipynb #05b9244f
 def blob(
-    scene: Scene,
+    scene: Scene, # the phantom, changed in place
     tissue,       # (X, Y, Z) HU, changed in place
     centre,       # (3,) mm
     radius,       # (3,) mm
-    hu: float,
-    label: str,
+    hu: float,    # its HU
+    label: str,   # a name in LABELS
     rough=None,   # (X, Y, Z) that dents its surface
 ):
     "An ellipsoid of one HU."
@@ -1160,13 +1160,13 @@ def blob(
 
 # %% ../nbs/02_phantom.ipynb #589bda61
 def contents(
-    scene: Scene,
+    scene: Scene,             # the phantom, changed in place
     tissue,                   # (X, Y, Z) HU, changed in place
-    body: Body,
+    body: Body,               # habitus
     room,                     # what `cavity` returns
     rough,                    # (X, Y, Z) that dents the gas
     c,                        # (3,) mm, between the hip centres
-    g: np.random.Generator,
+    g: np.random.Generator,   # random numbers
 ):
     "A bladder behind the symphysis, and strings of gas pockets, mostly in front."
     up, half, deep, middle = room
@@ -1183,10 +1183,10 @@ def contents(
 
 # %% ../nbs/02_phantom.ipynb #8ed81a26
 def soft_tissue(
-    scene: Scene,
-    skeleton: Skeleton,
-    body: Body,
-    g: np.random.Generator,
+    scene: Scene,            # the phantom, changed in place
+    skeleton: Skeleton,      # all bones
+    body: Body,              # habitus
+    g: np.random.Generator,  # random numbers
 ):
     "Fill the scene with everything but bone."
     grid, pelvis = scene.grid, skeleton.pelvis
@@ -1203,10 +1203,10 @@ def soft_tissue(
 
 # %% ../nbs/02_phantom.ipynb #c6b4e038
 def draw_bones(
-    scene: Scene,
-    skeleton: Skeleton,
-    g: np.random.Generator,
-    pelvis_only: bool,
+    scene: Scene,            # the phantom, changed in place
+    skeleton: Skeleton,      # all bones
+    g: np.random.Generator,  # random numbers
+    pelvis_only: bool,       # leave out femora and vertebrae
 ):
     "Paint the skeleton, and the prosthesis over it."
     compact, spongy = g.uniform(900, 1300), g.uniform(130, 260)*g.uniform(0.7, 1.25)
@@ -1234,7 +1234,7 @@ def checked_atlas(
 
 # %% ../nbs/02_phantom.ipynb #b7b5937d
 def phantom(
-    seed: int,
+    seed: int,      # of every random choice
     spacing=3.0,    # mm, isotropic
     implant=False,  # a hip replacement: True, or the patient's "left" or "right"
     bones=None,     # BoneAtlas or the path of one; None: own shapes
@@ -1253,19 +1253,3 @@ def phantom(
     draw_bones(scene, bone, g("density"), pelvis_only=alone and not soft and not implant)
     if soft: scene.hu += g("noise").standard_normal(grid.shape, dtype=np.float32)*np.float32(noise)
     return CT(np.clip(scene.hu, -1000, METAL, out=scene.hu), grid.affine, scene.labels, f"phantom-{seed}")
-
-# %% ../nbs/02_phantom.ipynb #0d93b6f5
-def population(
-    n: int,
-    seed: int,
-    spacing=3.0,        # mm
-    bones=None,         # BoneAtlas or the path of one
-    atlas_share=0.5,    # of phantoms with bones from the atlas, where there is one
-    implant_share=0.0,  # of phantoms with a hip replacement
-):                      # yields CT
-    "Reproducible phantoms: the i-th does not depend on how many are asked for."
-    atlas = checked_atlas(bones, None, spacing)
-    for i in range(n):
-        g = rng(seed, "population", i)
-        own = atlas is None or g.random() >= atlas_share
-        yield phantom(int(g.integers(2**31)), spacing, bool(g.random() < implant_share), None if own else atlas)

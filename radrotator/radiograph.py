@@ -149,12 +149,13 @@ def padding_of(
 def pixel_spacing(
     ds: pydicom.Dataset,  # the header
 ):  # ((row, column) mm or None, a note for the caption)
-    "PixelSpacing, else ImagerPixelSpacing (at the detector, where the patient is magnified), else unknown."
-    for tag, note in (("PixelSpacing", ""), ("ImagerPixelSpacing", "spacing measured at the detector, where the patient is magnified")):
+    "PixelSpacing, else unknown: ImagerPixelSpacing is that of the detector, where the patient is magnified, and only noted."
+    for tag in ("PixelSpacing", "ImagerPixelSpacing"):
         value = ds.get(tag)
         if not isinstance(value, (list, pydicom.multival.MultiValue)) or len(value) != 2: continue
         value = float(value[0]), float(value[1])
-        if all(0.005 <= v <= 10 for v in value): return value, note
+        if not all(0.005 <= v <= 10 for v in value): continue
+        return (value, "") if tag == "PixelSpacing" else (None, f"pixel spacing unknown in the patient, {value[0]:g} × {value[1]:g} mm at the detector")
     return None, "pixel spacing unknown"
 
 # %% ../nbs/10_radiograph.ipynb #cb12b172
@@ -215,8 +216,8 @@ def kind_of(
     path,  # an existing file
 ) -> str:  # "dicom", "picture", "nifti" or "unknown"
     "What a file is, by its first bytes."
+    if is_dicom(path): return "dicom"
     with open(path, "rb") as f: head = f.read(348)
-    if head[128:132] == b"DICM": return "dicom"
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")): return "picture"
     if head[344:347] in (b"n+1", b"ni1") or head[4:7] == b"n+2" or str(path).lower().endswith((".nii", ".nii.gz")): return "nifti"
     return "unknown"

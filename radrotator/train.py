@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'learning_rate', 'EMA', 'draw_steps', 'batc
 
 # %% ../nbs/09_train.ipynb #355d9bfb
 import csv, json, math, os, shutil, time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from . import __version__
 from .core import RadRotatorError
-from .drr import CONVENTION
 from .diffusion import LAST, STEPS, add_noise, variance_loss, velocity, velocity_loss
 from .pairs import VALIDATE, Batch, PairDataset, PhantomPlan, phantom_sets
-from .transforms import TransformConfig, training_transforms
+from .transforms import TransformConfig, to_signed, training_transforms
 from .unet import UNet, UNetConfig, load_weights, save_weights
 
 # %% ../nbs/09_train.ipynb #83e2a563
@@ -173,7 +172,7 @@ def save(self: Trainer) -> Path: # folder of the checkpoint
     save_file(contiguous(self.network), beside/"network.safetensors")
     save_file(contiguous(self.ema.network), beside/"ema.safetensors")
     save_file(_momenta(self.optimizer), beside/"lion.safetensors")
-    (beside/"state.json").write_text(json.dumps(dict(convention=CONVENTION, step=self.step, seconds=self.seconds, config=asdict(self.config))))
+    (beside/"state.json").write_text(json.dumps(dict(step=self.step, seconds=self.seconds, config=asdict(self.config))))
     if final.exists(): shutil.rmtree(final)
     os.replace(beside, final)
     for old in sorted(self.folder.glob("checkpoint-*"))[:-3]: shutil.rmtree(old)
@@ -231,7 +230,7 @@ def fit(self: Trainer,
     bar = progress_bar(range(self.step, self.config.steps))
     for _ in bar:
         losses.append(self.train_step())
-        if not math.isfinite(losses[-1]): raise RadRotatorError(f"the loss became {losses[-1]} at step {self.step} of the run in {self.folder}; checkpoints written before are intact, but train with a lower rate")
+        if not math.isfinite(losses[-1]): raise RadRotatorError(f"the loss became {losses[-1]} at step {self.step}; the last checkpoint in {self.folder} is intact: resume from it with a lower rate")
         bar.comment = f"loss {losses[-1]:.3f}"
         self.seconds = before + time.monotonic() - start
         late = self.seconds - before > 60*minutes
@@ -260,8 +259,6 @@ def train_on_phantoms(
     bar = lambda jobs, total: progress_bar(jobs, total=total)
     sets = phantom_sets(folder/"sets", replace(plan, size=config.unet.size), workers, bar)
     trainer = Trainer(folder, config, PairDataset(sets), PairDataset(sets, folds=VALIDATE), device)
-    resumed = trainer.resume()
-    if trainer.step == config.steps and (folder/"weights.safetensors").exists(): return folder/"weights.safetensors"
-    if init: about = dict(about or {}, init=load_weights(init)[1] if resumed else trainer.start_from(init))
+    if not trainer.resume() and init: about = dict(about or {}, init=trainer.start_from(init))
     named = replace(plan, size=config.unet.size, bones=plan.bones and Path(plan.bones).name)  # weights say which file, not where it lay
     return trainer.fit(minutes, about=dict(data=asdict(named)) | (about or {}))

@@ -1,5 +1,5 @@
 """The command as it is typed: what it writes, and that a mistake costs one line, exit status 2, and nothing on disk."""
-import json, subprocess, sys
+import errno, json, os, subprocess, sys
 from dataclasses import replace
 
 import numpy as np
@@ -130,11 +130,15 @@ def test_outputs(command, out, here, capfd):
     ("phantom -o out.nii.gz --bones gone.npz", "gone.npz"),
     ("phantom -o out.nii.gz --bones hip.png", "hip.png"),
     ("phantom -o out.nii.gz --spacing nan", "--spacing"),
+    ("phantom -o out.nii.gz --spacing 9", "--spacing"),
+    (f"phantom -o {'a'*250}.nii.gz", "too long"),
     ("train --preset huge -o run", "choose paper or tiny"),
     ("train -o other", "not the folder of a run"),
     ("train -o hip.png", "not the folder of a run"),
     ("train -o nowhere/run", "does not exist"),
     ("train -o run --bones hip.png", "hip.png"),
+    ("train -o run --init gone.safetensors", "gone.safetensors"),
+    ("train -o run --init untrained.safetensors", "another network than preset tiny"),
     ("train -o run --minutes nan", "--minutes"),
     ("train -o run --phantoms 0", "--phantoms"),
     ("demo -o other --weights untrained.safetensors", "no demo wrote"),
@@ -162,6 +166,20 @@ def test_cuda_where_there_is_none(here, capfd):
 def test_a_fault_of_the_program_is_not_hidden(here, monkeypatch):
     monkeypatch.setattr("radrotator.radiograph.read_radiograph", lambda path: 1/0)
     with pytest.raises(ZeroDivisionError): main(["rotate", "hip.png", "-o", "out.png", *WEIGHTS])
+
+
+@pytest.mark.parametrize("number, file", [(errno.ENOSPC, None), (errno.EACCES, "out.png"), (errno.EROFS, "out.png"), (errno.ENAMETOOLONG, "out.png")])
+def test_a_disk_that_refuses(number, file, here, capfd, monkeypatch):
+    def fail(path): raise OSError(number, "it will not do", file)
+    monkeypatch.setattr("radrotator.radiograph.read_radiograph", fail)
+    said(refuse(here, capfd, "rotate", "hip.png", "-o", "out.png", *WEIGHTS), f"{file or 'the disk'}: it will not do")
+    number = errno.EIO
+    with pytest.raises(OSError): main(["rotate", "hip.png", "-o", "out.png", *WEIGHTS])
+
+
+def test_a_folder_that_is_closed(here, capfd, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode, allowed=os.access: mode != os.W_OK and allowed(path, mode))
+    said(refuse(here, capfd, "drr", "body.nii.gz", "-o", "out.png"), "may not write in the folder")
 
 
 def test_in_a_process_of_its_own(here):
@@ -253,5 +271,7 @@ def test_demo_twice(here, capfd, monkeypatch):
     assert {"phantom.png", "phantom_input.png", "phantom_x12_rotated.png", "chest_z12_true.png", "ct1_y12_difference.png", "radiograph1_x12_rotated.png", "radiograph1.png"} < names
     assert "radiograph1_x12_true.png" not in names and not [p for p in here.iterdir() if p.name.startswith(".")]
     assert Image.open(here/"demo"/"radiograph1_x12_rotated.png").size == (80, 96)
+    made = lambda name: Image.open(here/"demo"/name).text["Description"]
+    assert "as given" in made("radiograph1_input.png") and "DRR" in made("ct1_input.png") and "synthetic" in made("ct1_x12_rotated.png")
     (here/"demo"/"notes.txt").write_text("mine")
     said(refuse(here, capfd, "demo", "-o", "demo", *WEIGHTS), "no demo wrote")

@@ -68,7 +68,7 @@ def test_exported_cells_are_short(path):
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if re.match(r"\s*#\s*\|\s*exporti?s?\b", source):
-            assert len(source.splitlines()) <= 45, f"too long to be one thought:\n{source[:300]}"
+            assert len(source.splitlines()) <= 40, f"too long to be one thought:\n{source[:300]}"
 
 
 @each_notebook
