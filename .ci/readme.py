@@ -29,6 +29,7 @@ def readme(notebook):
             cells += [nbformat.v4.new_markdown_cell("".join(text)) for text in shown]
         elif cell.source: cells.append(cell)
     nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python"}  # colours for the code
     text, _ = MarkdownExporter().from_notebook_node(nb)
     # Links are written from nbs/, where the notebook lies; the README lies one folder above.
     text = re.sub(r'(\]\(|src="|href=")(?!https?:|mailto:|#|/)', r"\1nbs/", text)
