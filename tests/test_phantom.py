@@ -1,0 +1,114 @@
+"What a notebook is no place for: the folder in which the bone atlas is published, right and wrong; every member of a population on its own."
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from radrotator.core import RadRotatorError, shared_data
+from radrotator.phantom import BONES, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom, population
+
+FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
+
+
+def balls(patients, rings=6, around=9):
+    "Three ellipsoids a patient, in correspondence: RAS vertices (P, 3, V, 3) and faces"
+    theta, phi = np.meshgrid(np.linspace(0.2, np.pi - 0.2, rings), np.linspace(0, 2*np.pi, around, endpoint=False), indexing="ij")
+    ball = np.stack([np.sin(theta)*np.cos(phi), np.sin(theta)*np.sin(phi), np.cos(theta)], -1).reshape(-1, 3)
+    at = lambda r, a: r*around + a % around
+    faces = [t for r in range(rings - 1) for a in range(around) for t in ((at(r, a), at(r + 1, a), at(r, a + 1)), (at(r + 1, a + 1), at(r, a + 1), at(r + 1, a)))]
+    shapes = np.stack([[ball*[30, 40, 60 + p % 7] + [x, 0, 0] for x in (-90, 90)] + [ball*[40, 20, 40] + [0, -60, 30]] for p in patients])
+    return shapes - shapes.mean((1, 2), keepdims=True), {b: np.array(faces) for b in BONES}
+
+
+def publish(folder, patients, vertices, faces, files=FILES):
+    "Write surfaces as their authors do: LPS, one file a bone, each patient where the scanner saw them"
+    import pyvista
+    for patient, shape in zip(patients, vertices):
+        for bone, file, v in zip(BONES, files, shape):
+            path = folder/file.format(patient)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyvista.PolyData.from_regular_faces((v + [12, -200, 640])*[-1, -1, 1], faces[bone]).save(path, binary=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    publish(tmp_path/"surface", range(1, 10), *balls(range(1, 10)))
+    return tmp_path/"surface"
+
+
+def test_folder_gives_what_was_written(folder):
+    vertices, faces = balls(range(1, 10))
+    patients, read, triangles = load_surfaces(folder)
+    assert patients.tolist() == list(range(1, 10))  # by number, not by name
+    np.testing.assert_allclose(read, vertices, atol=1e-3)
+    for b in BONES: assert (triangles[b] == faces[b]).all()
+    assert (read[:, 0, :, 0].mean(1) < 0).all() and (read[:, 1, :, 0].mean(1) > 0).all()  # RAS+: the patient's left at −x
+
+
+def test_names_are_taken_loosely(tmp_path):
+    publish(tmp_path, range(8), *balls(range(8)), ("patient{}-hip-LEFT.vtk", "Right/{}.vtk", "all/the_sacrum_{:03d}_v2.vtk"))
+    assert load_surfaces(tmp_path)[0].tolist() == list(range(8))
+
+
+def test_of_the_published_forty_the_packed_are_taken(tmp_path):
+    everyone = sorted({*PATIENTS, 8, 16, 27, 36, 44, 49, 57, 65})
+    publish(tmp_path, everyone, *balls(everyone))
+    assert load_surfaces(tmp_path)[0].tolist() == list(PATIENTS)
+
+
+def test_folds_do_not_depend_on_who_else_is_there():
+    assert (patient_folds(PATIENTS[::-1]) == patient_folds(PATIENTS)[::-1]).all()
+    assert set(patient_folds(range(100))) == set(range(1, 8))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda f: (f/"sacrum/Sacrum4_cpd.vtk").unlink(), "patient 4 has no sacrum"),
+    (lambda f: (f/"left/LeftHip2_cpd.vtk").write_text("# vtk DataFile Version 4.0\nvtk"), "LeftHip2_cpd.vtk: VTK reads no triangulated surface"),
+    (lambda f: (f/"left/LeftHip2_cpd.vtk").write_bytes(b"\0\1\2"), "LeftHip2_cpd.vtk: VTK reads no triangulated surface"),
+    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip_cpd.vtk"), "tells no bone"),
+    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"femur2.vtk"), "tells no bone"),
+    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip3.vtk"), "another hip_left of patient 3"),
+    (lambda f: publish(f, [3], *balls([3], rings=5)), "cannot be in correspondence"),
+    (lambda f: publish(f, [1], balls([1])[0][:, [1, 0, 2]], balls([1])[1]), "the folder must be in LPS"),
+    (lambda f: [p.unlink() for p in f.rglob("*[2-9]_cpd.vtk")], "patients ≥ 8"),
+    (lambda f: [p.unlink() for p in f.rglob("*.vtk")], "no .vtk surfaces")])
+def test_what_does_not_fit_is_refused_by_name(folder, damage, says):
+    damage(folder)
+    with pytest.raises(RadRotatorError, match=".") as error: load_surfaces(folder)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_packed_file_and_published_folder_are_one_atlas(tmp_path):
+    path = shared_data("pelvis_atlas", "pelvis_atlas.npz")
+    if not path: pytest.skip("no bone atlas here")
+    with np.load(path) as z: publish(tmp_path, z["patient"], z["vertices"].astype(float), {b: z["faces_" + b] for b in BONES})
+    one, other = BoneAtlas.read(path), BoneAtlas.read(tmp_path)
+    assert (one.folds == other.folds).all()
+    np.testing.assert_allclose(one.vertices, other.vertices, atol=2e-3)
+    np.testing.assert_allclose(one.mean, other.mean, atol=5e-3)
+    np.testing.assert_allclose(one.deviations, other.deviations, rtol=1e-3)
+    a, b = (phantom(3, 5.0, bones=atlas, patient=8, soft=True) for atlas in (one, other))
+    assert (a.labels != b.labels).mean() < 1e-3
+
+
+def digest(i): return member(i, 4, 6.0, implants=0.4).hu
+
+
+def test_members_are_the_same_in_any_process():
+    here = [ct.hu for ct in population(4, 4, spacing=6.0, implants=0.4)]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool: there = list(pool.map(digest, reversed(range(4))))
+    for a, b in zip(here, reversed(there)): assert np.array_equal(a, b)
+
+
+def test_both_hips_replaced():
+    ct = phantom(1, 4.0, implant="both", soft=True)
+    x = np.argwhere(ct.labels == LABELS["implant"])[:, 0]*4 + ct.affine[0, 3]
+    assert (x > 40).any() and (x < -40).any() and (np.abs(x) > 20).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_ray_shows_where_the_volume_ends(seed):
+    from radrotator.drr import CArm, truncated
+    corners = np.array(np.meshgrid([-15, 15], [-15, 15], [-15, 15])).reshape(3, -1).T
+    assert not truncated(phantom(seed, 6.0, soft=True), corners, CArm(size=24, fov=320)).any()
