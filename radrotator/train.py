@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__
 from .core import RadRotatorError
 from .diffusion import LAST, STEPS, add_noise, variance_loss, velocity, velocity_loss
-from .pairs import VALIDATE, Batch, PairDataset, PhantomPlan, phantom_sets
+from .pairs import VALIDATE, Batch, PairDataset, Pairs, PhantomPlan, phantom_sets
 from .transforms import TransformConfig, to_signed, training_transforms
 from .unet import UNet, UNetConfig, load_weights, save_weights
 
@@ -103,7 +103,7 @@ def batch_loss(
 @torch.no_grad()
 def validate(
     network: UNet,          # averaged
-    data: PairDataset,      # of the validation fold
+    data: Pairs,            # of the validation fold
     config: TrainConfig,    # of the run
     pairs: int = 64,        # how many
     device: str = "cpu",    # of the network
@@ -127,13 +127,13 @@ class Trainer:
     def __init__(self,
         folder: str | Path,              # of the run
         config: TrainConfig,             # what to do
-        data: PairDataset,               # pairs to train on
-        validation: PairDataset | None,  # pairs of fold 6
+        data: Pairs,                     # pairs to train on
+        validation: Pairs | None,        # pairs of fold 6
         device: str = "cpu",             # where to compute
     ):
         self.folder, self.config, self.data, self.validation, self.device = Path(folder), config, data, validation, device
         torch.manual_seed(config.seed)
-        self.network = UNet(config.unet).to(device, memory_format=torch.channels_last)
+        self.network = UNet(config.unet).to(device)
         self.ema = EMA(self.network, config.ema)
         matrices, vectors = ([p for p in self.network.parameters() if (p.ndim > 1) == many] for many in (True, False))
         self.optimizer = Lion([dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)], lr=config.rate)

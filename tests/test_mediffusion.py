@@ -15,6 +15,15 @@ SMALL = UNetConfig(size=32, channels=32, multipliers=(1, 2, 2), blocks=1, attent
 TIMES = torch.tensor([0, 1, 500, 998, 999])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Small tensors are not worth a second thread, least of all where other tests run beside"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     "A function that builds Mediffusion's network for a configuration of ours"
@@ -168,7 +177,7 @@ def test_broken_files_are_refused(tmp_path):
     assert "RADROTATOR_EVIL" not in os.environ
 
 
-def head(name): return UNetConfig(size=16, channels=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, groups=4, conditions=3, head=name, depths=(-50, 0, 50))
+def head(name): return UNetConfig(size=8, channels=8, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, groups=4, conditions=3, head=name, depths=(-50, 0, 50))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -201,9 +210,9 @@ def test_every_head_learns_a_shift(name):
     network = UNet(head(name))
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         noise, t, input, _ = inputs(network.config, torch.randint(0, STEPS, (16,)))
-        input = nn.functional.avg_pool2d(input, 5, 1, 2)*2
+        input = nn.functional.avg_pool2d(input, 3, 1, 1)*2
         target = input.roll(1, dims=-1)
         x_t = add_noise(target, t, noise)
         v, _ = network(x_t, t, input, torch.zeros(16, 3))
