@@ -189,8 +189,8 @@ def phantom_command(
 @app.command("ingest")
 def ingest_command(
     sources: Annotated[list[Path], typer.Argument(metavar="SRC...", help="files and folders, searched to the bottom: NIfTI and DICOM, series mixed as they may be", show_default=False)],  # files and folders
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the CTs that are accepted; what is there already stays", show_default=False)],  # a folder
-    report: Annotated[Path, typer.Option(help="table with a row for each series. It names your files, so keep it to yourself")] = Path("report.csv"),  # a table
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the CTs that are accepted. Its file salt is the secret behind their names: keep it, and never share it", show_default=False)],  # a folder
+    report: Annotated[Path | None, typer.Option(help="table with a row for each series. It names your files, and so does its log: keep both to yourself  [default: OUT_report.csv beside OUT]", show_default=False)] = None,  # a table
     spacing: Annotated[float, typer.Option(min=0.2, max=20, callback=finite, help="of the voxels written, mm")] = 1.0,  # mm
     min_slices: Annotated[int, typer.Option(min=2, help="refuse a series with fewer slices")] = 50,  # slices
     max_thickness: Annotated[float, typer.Option(min=0.1, callback=finite, help="refuse a series with slices further apart, mm")] = 1.5,  # mm
@@ -205,11 +205,14 @@ def ingest_command(
     from radrotator.ct import REASONS, IngestConfig, ingest
     from radrotator.pairs import write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage, years=years, patient=patient)
+    report = report or out.with_name(f"{out.resolve().name}_report.csv")
     rows = ingest(sources, out, report, config, workers or cores(), bar)
     accepted = [row for row in rows if row["status"] == "accepted"]
     if accepted: write_folds(out/"folds.csv", accepted, seed)
-    print(f"{counted(rows, REASONS)}{len(accepted)} of {len(rows)} series accepted: {out}, with their folds in {out/'folds.csv'}\n"
-          f"each series is a row of {report}; to overrule one, write accept or refuse into its column decision and run this again")
+    print(f"{counted(rows, REASONS)}{len(accepted)} of {len(rows)} series accepted" + (f": {out}, with their folds in {out/'folds.csv'}" if accepted else ""))
+    if rows: print(f"each series is a row of {report}; to overrule one, write accept or refuse into its column decision and run this again")
+    stray = {path.name.removesuffix(".nii.gz") for path in out.glob("*.nii.gz")} - {row["name"] for row in accepted}
+    if stray: print(f"{len(stray)} more in {out} have no row in {report}, such as {min(stray)}; remove them if they should not be trained on")
     return int(any(row["reason"] in ("UNREADABLE", "FAILED") for row in rows))
 
 # %% ../nbs/14_cli.ipynb #47afdf33
@@ -226,7 +229,7 @@ def shard_of(
 def pairs_command(
     cts: Annotated[Path, typer.Argument(metavar="CTS", help="folder that radrotator ingest wrote, or any folder of NIfTI files", show_default=False)],  # a folder
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the DRR sets; those that are there and whole stay", show_default=False)],  # a folder
-    drrs: Annotated[int, typer.Option(min=3, help="DRRs of each CT: the frontal one, and couples of two")] = 512,  # of each CT
+    drrs: Annotated[int, typer.Option(min=3, help="DRRs of each CT: the frontal one and couples of two, so 512 gives 511")] = 512,  # of each CT
     size: Annotated[int, typer.Option(min=16, max=1024, help="pixels along each side")] = 256,  # pixels
     fov: Annotated[float, typer.Option(min=20, max=1000, callback=finite, help="field of view at the isocentre, mm; less where a CT is too short")] = 320.0,  # mm
     shard: Annotated[str, typer.Option(help="i/n: make the i-th of n shares, as in a job array")] = "1/1",  # share
@@ -270,7 +273,7 @@ def drr_command(
     x: X = 0, y: Y = 0, z: Z = 0,    # degrees
     size: Annotated[int, typer.Option(min=16, max=4096, help="pixels along each side")] = 256,  # pixels
     fov: Annotated[float, typer.Option(min=20, max=1000, callback=finite, help="field of view at the isocentre, mm; less where the CT is too short")] = 320.0,  # mm
-    kvp: Annotated[float | None, typer.Option(help="tube voltage, kV: expose with a real spectrum, scatter and noise  [default: line integrals at one energy]", show_default=False)] = None,  # kV
+    kvp: Annotated[float | None, typer.Option(help="tube voltage, 40 to 150 kV: expose with a real spectrum, scatter and noise  [default: line integrals at one energy]", show_default=False)] = None,  # kV
     kerma: Annotated[float | None, typer.Option(help="with --kvp: dose, air kerma at the detector without a patient, µGy  [default: 1000]", show_default=False)] = None,  # µGy
 ):
     "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
@@ -284,8 +287,8 @@ def drr_command(
     volume = read_ct(ct)
     carm = fitted(volume, CArm(size=size, fov=fov), ct)
     image = to_unit(render(volume, pose, carm, oversample=2, physics=physics)[0], ct)
-    text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm{physics and f', {kvp:g} kV, {physics.kerma:g} µGy' or ''}"
-    Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} at the isocentre (radrotator {radrotator.__version__})")
+    text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm at the isocentre{physics and f', {kvp:g} kV, {physics.kerma:g} µGy at the detector' or ''}"
+    Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})")
     print(f"wrote {out}: {text}")
 
 # %% ../nbs/14_cli.ipynb #5dab0788

@@ -13,8 +13,9 @@ __all__ = ['REASONS', 'HU_RANGE', 'MAX_VOXELS', 'DICOM_TAGS', 'MAX_BYTES', 'MAX_
            'write_nifti', 'write_ct', 'IngestConfig', 'slice_axis', 'describe', 'describe_dicom', 'describe_nifti',
            'check_slices', 'coarse', 'femora_centre', 'BoneProfile', 'bone_profile', 'landmarks', 'coverage', 'walk',
            'fingerprint', 'is_nifti', 'identify', 'secret', 'salt_of', 'Journal', 'Series', 'scan_chunk', 'scan',
-           'acquired', 'eras', 'volumes', 'keep', 'curate', 'failed', 'read_report', 'write_report', 'is_kept',
-           'still_told', 'prepare', 'first_day', 'times', 'job_of', 'settled', 'ingest']
+           'acquired', 'eras', 'volumes', 'keep', 'curate', 'failed', 'table_rows', 'read_report', 'write_report',
+           'is_kept', 'still_told', 'prepare', 'first_day', 'times', 'job_of', 'settled', 'renamed', 'take_in',
+           'ingest']
 
 # %% ../nbs/01_ct.ipynb #cb74d53a
 import csv, gzip, hashlib, hmac, io, json, logging, os, re, secrets, stat, struct, tempfile, time, warnings, zlib
@@ -31,7 +32,7 @@ import pydicom
 from fastcore.basics import patch
 from scipy import ndimage
 
-from .core import RadRotatorError, each, write_beside
+from .core import RadRotatorError, alone, each, write_beside
 
 # %% ../nbs/01_ct.ipynb #64c97be5
 REASONS = dict(
@@ -1029,7 +1030,7 @@ def scan(
     return [Series(name, kind, modality, tuple(dict.fromkeys(files)), repr(sorted(states))) for kind, name, modality, files, states in found.values()]
 
 # %% ../nbs/01_ct.ipynb #78d5ac67
-DATES = "AcquisitionDate AcquisitionDateTime ContentDate SeriesDate StudyDate".split()
+DATES = "AcquisitionDate AcquisitionDateTime SeriesDate StudyDate ContentDate".split()
 
 # %% ../nbs/01_ct.ipynb #9a090ad4
 def acquired(
@@ -1116,18 +1117,27 @@ COLUMNS = ("name patient status reason decision proposal source modality slices 
            "crest trochanter hips sentence").split()
 
 # %% ../nbs/01_ct.ipynb #02a18fdf
+def table_rows(
+    path,  # a .csv file
+) -> list:  # of dicts, cells without spaces around them
+    "Rows of a table as people have them: with commas, semicolons or tabs, also after a spreadsheet has written it."
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    head = text.partition("\n")[0]
+    clean = lambda cell: cell.strip() if isinstance(cell, str) else cell
+    return [{clean(k): clean(v) for k, v in row.items()} for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))]
+
+# %% ../nbs/01_ct.ipynb #c469f05d
 def read_report(
     path: Path,  # may be absent
 ) -> dict:  # name to row
     "The report as the user left it, also after a spreadsheet has written it."
     if not path.exists(): return {}
-    try: text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    try: rows = table_rows(path)
     except OSError: raise RadRotatorError(f"{path}: this cannot be opened; check that you may read it") from None
-    head = text.partition("\n")[0]
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count)))
-    if not rows and not head.strip(): return {}
-    if not {"name", "decision"} <= set(rows[0] if rows else csv.DictReader([head]).fieldnames):
-        raise RadRotatorError(f"{path}: this is not a report of ingest (no columns name and decision); choose another name")
+    if not rows and path.stat().st_size < 3: return {}
+    if not rows and path.read_bytes().lstrip(b"\xef\xbb\xbf").startswith(b"name,"): return {}
+    if not rows or not {"name", "decision"} <= set(rows[0]):
+        raise RadRotatorError(f"{path}: this is not a report of ingest (no columns name and decision); choose another name, or save it as CSV again")
     for row in rows:
         row["decision"] = (row["decision"] or "").strip().lower()
         if row["decision"] not in ("", "accept", "refuse"):
@@ -1169,7 +1179,7 @@ def prepare(
     sources,  # files and folders
     out,  # folder of the CTs
     report,  # a .csv file
-):  # (out, report, rows of the old report); the folder is there, without what a killed run left behind
+):  # (out, report, rows of the old report); the folder is there
     "Refuse early what cannot be read or written."
     for source in sources:
         if not Path(source).exists(): raise RadRotatorError(f"{source}: no such file or folder; check the spelling")
@@ -1181,7 +1191,6 @@ def prepare(
         if not path.parent.is_dir(): raise RadRotatorError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     old = read_report(report)
     out.mkdir(exist_ok=True)
-    for left in out.glob(".*-*.nii.gz"): left.unlink(missing_ok=True)
     return out, report, old
 
 # %% ../nbs/01_ct.ipynb #1b759848
@@ -1230,18 +1239,25 @@ def settled(
     return {row["name"]: row | more | dict(decision=old.get(row["name"], {}).get("decision", "")) for row in said}
 
 # %% ../nbs/01_ct.ipynb #0fb42f82
-def ingest(
-    sources: list,  # files and folders
-    out,  # folder of the CTs, one ingest at a time; made if it is missing
-    report,  # a .csv file outside of it, read first where it is there; its journal, NAME.csv.log, comes beside it
-    config: IngestConfig = IngestConfig(),
-    workers: int = 1,  # processes; 0: in this one
-    progress=lambda jobs, total: jobs,  # wraps the iterables of results (of scanning, then of curating), to show progress
-) -> list:  # the rows of the report
-    "Find every CT in the sources, judge it, and write what passes as NIfTI with one spacing and without patient data."
-    out, report, old = prepare(sources, out, report)
+def renamed(
+    found: list,  # of Series
+    out: Path,
+) -> set:  # names of CTs
+    "What an earlier run wrote of these series under another patient's name."
+    here, series = {s.name for s in found}, {s.name.split("-")[1] for s in found}
+    names = (path.name.removesuffix(".nii.gz") for path in out.glob("*-*.nii.gz"))
+    return {name for name in names if name.split("-")[1] in series and "-".join(name.split("-")[:2]) not in here}
+
+# %% ../nbs/01_ct.ipynb #581ceefc
+def take_in(
+    sources: list, out: Path, report: Path, config: IngestConfig, workers: int, progress,  # as for `ingest`
+    old: dict,  # the report as it was
+) -> dict:  # name to row
+    "Scan, judge, write; alone in the folder."
+    for left in out.glob(".*-*.nii.gz"): left.unlink(missing_ok=True)  # of a killed run
     salt, journal = config.salt or salt_of(out), Journal(report.with_name(f"{report.name}.log"))
     found = scan(sources, out, config, salt, journal, workers, progress)
+    for name in renamed(found, out): (out/f"{name}.nii.gz").unlink(missing_ok=True), old.pop(name, None)
     jobs = [job_of(series, old, config) for series in found]
     settle = partial(settled, out=out, old=old, when=times(found, config.years, workers))
     here = {series.name for series in found}
@@ -1255,4 +1271,18 @@ def ingest(
         rows |= settle(series, said)
         if time.monotonic() - written > 10: written = write_report(report, rows) or time.monotonic()
     write_report(report, rows)
+    return rows
+
+# %% ../nbs/01_ct.ipynb #7fc00015
+def ingest(
+    sources: list,  # files and folders
+    out,  # folder of the CTs; made if it is missing
+    report,  # a .csv file outside of it, read first where it is there; its journal, NAME.csv.log, comes beside it
+    config: IngestConfig = IngestConfig(),
+    workers: int = 1,  # processes; 0: in this one
+    progress=lambda jobs, total: jobs,  # wraps the iterables of results (of scanning, then of curating), to show progress
+) -> list:  # the rows of the report
+    "Find every CT in the sources, judge it, and write what passes as NIfTI with one spacing and without patient data."
+    out, report, old = prepare(sources, out, report)
+    with alone(out, wait=False): take_in(sources, out, report, config, workers, progress, old)
     return list(read_report(report).values())

@@ -325,11 +325,13 @@ def render_labels(
     ct: CT,               # with labels
     poses,                # (N, 3) or (3,) degrees
     carm: CArm = CArm(),  # geometry
-    names=None,           # the labels that are wanted; None: all that occur, without 0, the background
+    names=None,           # numbers of the labels that are wanted; None: all that occur, without 0, the background
 ) -> dict:                # label → (N, size, size) float32, mm of each ray inside the structure
     "Project every structure of a label map."
     if ct.labels is None: raise RadRotatorError("this CT has no labels to project; give one with a label map beside it, NAME_labels.nii.gz")
-    names = [int(n) for n in np.unique(ct.labels) if n] if names is None else names
+    known = [int(n) for n in np.unique(ct.labels) if n]
+    names = known if names is None else list(names)
+    if set(names) - set(known): raise RadRotatorError(f"this CT has no label {(set(names) - set(known)).pop()!r}; it has the numbers {', '.join(map(str, known))}")
     return {name: Siddon(ct.labels == name, _isocentred(ct))(np.atleast_2d(np.asarray(poses, float)), carm) for name in names}
 
 # %% ../nbs/03_drr.ipynb #f87ed8b0

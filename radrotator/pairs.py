@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT', 'draw_couple', 'six_vectors', 'draw_triple',
-           'draw_poses', 'patient_strata', 'assign_folds', 'alone', 'sweep', 'write_table', 'read_folds', 'write_folds',
+           'draw_poses', 'patient_strata', 'assign_folds', 'sweep', 'write_table', 'read_folds', 'write_folds',
            'SetPlan', 'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set', 'read_set',
            'Batch', 'unit_range', 'Pairs', 'check_separation', 'PairDataset', 'Job', 'report_row', 'make_set',
            'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in', 'header_row', 'ct_jobs', 'sets_in',
@@ -13,7 +13,7 @@ __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT',
 # %% ../nbs/04_pairs.ipynb #193842e1
 import csv, hashlib, json, multiprocessing, os, re
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,8 +22,8 @@ import numba, numpy as np, torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import RadRotatorError, each, rng, sha256, write_beside
-from .ct import CT, Refusal, describe_nifti, read_ct, stem_of
+from .core import RadRotatorError, alone, each, rng, sha256, write_beside
+from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
 from .drr import AXES, CONVENTION, MU_WATER, CArm, Physics, Renderer, fit_fov
 from .phantom import BoneAtlas, member, phantom
 
@@ -102,20 +102,6 @@ def assign_folds(
         count.update((folds[patient], stratum) for stratum in alike)
     return folds
 
-# %% ../nbs/04_pairs.ipynb #350eeb79
-@contextmanager
-def alone(
-    folder: Path,  # that others work in, too
-):                 # while the block runs, no other process is in such a block for this folder
-    "Wait until nobody else is at this folder. Where the system knows no such lock, go on."
-    try: from fcntl import LOCK_EX, flock
-    except ImportError: yield; return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError): flock(handle, LOCK_EX)
-        yield
-    finally: os.close(handle)
-
 # %% ../nbs/04_pairs.ipynb #ff05f399
 def sweep(
     folder: Path,  # in which nobody else is writing
@@ -140,9 +126,9 @@ def read_folds(
     path: str | Path,  # .csv with name, patient and fold
 ) -> dict:             # name → (patient, fold)
     "Read a table of folds, and refuse one that splits a patient."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file: rows = [(row["name"], row["patient"], int(row["fold"])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError): raise RadRotatorError(f"{path} is not a table of folds: it needs columns name, patient and fold (1 to 7); mend it, or remove it to have folds made") from None
+    if not Path(path).exists(): raise RadRotatorError(f"there is no table of folds {path}; check the name")
+    try: rows = [(row["name"], row["patient"], int(row["fold"])) for row in table_rows(path)]
+    except (OSError, ValueError, KeyError, TypeError): raise RadRotatorError(f"{path} is not a table of folds: it needs columns name, patient and fold (1 to 7); mend it") from None
     places = {name: (patient, fold) for name, patient, fold in rows}
     if any(fold not in FOLDS for fold in (fold for _, fold in places.values())): raise RadRotatorError(f"{path} has a fold that is not 1 to 7; mend it")
     if len(set(places.values())) > len({patient for patient, _ in places.values()}): raise RadRotatorError(f"{path} puts one patient into two folds, which would test a model on what it was trained on; give all series of a patient the same fold")

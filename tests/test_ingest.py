@@ -498,3 +498,35 @@ def test_proposals_at_random_levels():
         truth = low <= lesser and high >= crest
         right, whole = right + (truth == (room.coverage(room.bone_profile(part))["proposal"] == "accept")), whole + truth
     assert right >= 14 and 3 < whole < 13
+
+
+def test_another_name_for_the_patient_replaces_the_old_copy(place):
+    (place/"src"/"anna").mkdir(parents=True)
+    write_ct(BODY, place/"src"/"anna"/"ct.nii.gz")
+    first, = ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)
+    second, = ingest([place/"src"], place/"out", place/"r.csv", room.replace(EASY, patient="/src/([^/]+)/"), workers=0)
+    assert first["status"] == second["status"] == "accepted" and first["name"].split("-")[0] != second["name"].split("-")[0]
+    assert [p.name for p in (place/"out").glob("*.nii.gz")] == [f"{second['name']}.nii.gz"]
+
+
+def test_the_date_is_that_of_the_scan_and_not_of_its_export(place):
+    slices(place/"src"/"s", StudyDate="20050601", SeriesDate="20050601", AcquisitionDate="", ContentDate="20190820")
+    row, = ingest([place/"src"], place/"out", place/"r.csv", room.replace(EASY, years=True), workers=0)
+    assert row["year"] == "2005"
+
+
+def test_a_report_with_spaces_and_semicolons_is_the_same_report(place):
+    slices(place/"src"/"s")
+    row, = ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)
+    header, line = (place/"r.csv").read_text().splitlines()
+    cells = dict(zip(header.split(","), next(csv.reader([line])))) | dict(decision=" Refuse ")
+    (place/"r.csv").write_text("\ufeff" + " ; ".join(cells) + "\n" + " ; ".join(cells.values()) + "\n", encoding="utf-8")
+    again, = ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)
+    assert (again["name"], again["reason"], again["decision"]) == (row["name"], "BY_HAND", "refuse") and not list((place/"out").glob("*.nii.gz"))
+
+
+def test_two_ingests_at_once(place):
+    from radrotator.core import alone
+    slices(place/"src"/"s")
+    (place/"out").mkdir()
+    with alone(place/"out"), pytest.raises(RadRotatorError, match="another process"): ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)
