@@ -18,7 +18,7 @@ from torch import nn
 
 from radrotator.evaluate import markdown_table
 from radrotator.rotate import RadRotator, turn
-from radrotator.sample import SOLVERS, ddim
+from radrotator.sample import SOLVERS, ddim, guided, time_steps
 from radrotator.unet import UNet, UNetConfig
 
 SIDES = "Mediffusion, fp32", "ours, fp32", "ours, bf16"
@@ -129,7 +129,7 @@ def view_table(model, rounds):
     picture, truth = picture_and_truth(model)
     view = lambda **sampling: turn(model, picture, [[0, 0, 12.0]], **sampling)[0]
     ways = [dict(solver="ddim-leading", steps=200, guidance=g) for g in (4.0, 1.0)]
-    ways += [dict(solver=solver, steps=steps, guidance=g) for g in (4.0, 1.0) for solver, steps in (("ddim", 200), ("ddim", 20), ("dpm", 20), ("dpm", 10))] + [model.defaults]
+    ways += [dict(solver=solver, steps=steps, guidance=g) for g in (4.0, 1.0) for solver, steps in (("ddim", 200), ("ddim", 20), ("dpm", 20), ("dpm", 15), ("dpm", 10))] + [model.defaults]
     SOLVERS["ddim-leading"] = ddim, "leading"                                        # the paper's grid
     ways = [{key: way[key] for key in ("solver", "steps", "guidance")} for way in ways]
     times, answers = alternate({tuple(way.values()): lambda way=way: view(**way) for way in ways}, rounds)
@@ -158,10 +158,37 @@ def sweep_table(rounds, frames=300):
              "peak memory": f"{max(mib for _, mib in taken[batch]):.0f} MiB"} for batch in taken]
 
 
+def paper_table(config, device, frames=300, steps=20, batch=16, rounds=3, peak=None):
+    "Rows: one view and a sweep with guidance 4, DPM-Solver++ and bfloat16, eager and compiled; `peak` is the device's FLOP/s, where its share is wanted"
+    from torch.utils.flop_counter import FlopCounterMode
+    network = drawn(config).to(device).cast(torch.bfloat16)
+    solve, spacing = SOLVERS["dpm"]
+    noise, _, radiograph, vector = (tensor.to(device) for tensor in given(config.size))
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+
+    def views(forward, n):
+        many = lambda tensor, size: tensor.expand(size, *tensor.shape[1:])
+        for start in range(0, n, batch):
+            size = min(batch, n - start)
+            solve(guided(forward, many(radiograph, size), many(vector, size), 4.0), many(noise, size), time_steps(steps, spacing))
+        wait()
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): network(noise, torch.tensor([500], device=device), radiograph, vector)
+    work, rows = 2*steps*counter.get_total_flops(), []                                # twice: with the rotation, and without
+    forwards = {"eager": network} | ({"compiled": torch.compile(network, mode="reduce-overhead")} if str(device).startswith("cuda") else {})
+    for name, forward in forwards.items():
+        for n in (1, frames):
+            views(forward, min(n, batch))                                             # warm up, compile
+            taken = statistics.median(seconds(views, forward, n)[0][0] for _ in range(rounds))
+            rows.append({"network": name, "views": n, "s": f"{taken:.3f}", "s a view": f"{taken/n:.4f}", "share of peak": f"{n*work/taken/peak:.0%}" if peak else "–"})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=256, help="pixels along each side; the paper's is 256")
+    parser.add_argument("--peak", type=float, default=790, help="TFLOP/s of the GPU in bfloat16; measured on an H200: 790")
     args = parser.parse_args()
     config = UNetConfig(size=args.size)
     load = lambda: "/".join(f"{value:.1f}" for value in os.getloadavg())
@@ -170,7 +197,8 @@ def main():
     model = RadRotator.from_pretrained(device="cpu")
     print(f"\none view, shipped weights, {model.size}²\n\n{markdown_table(view_table(model, args.rounds))}", flush=True)
     print(f"\na sweep of 300 frames with the shipped weights and their defaults\n\n{markdown_table(sweep_table(3))}")
-    if not torch.cuda.is_available(): print("\nview and sweep with the paper preset on CUDA: not run here")
+    print(f"\nthe paper preset on CUDA, {config.size}², bfloat16, DPM-Solver++ with 20 steps, guidance 4\n")
+    print(markdown_table(paper_table(config, "cuda", peak=args.peak*1e12)) if torch.cuda.is_available() else "not run here")
     print(f"\nload average at the end {load()}")
 
 
