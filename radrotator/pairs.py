@@ -11,7 +11,7 @@ __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT',
            'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets', 'OnTheFlyPairs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
-import csv, hashlib, json, multiprocessing, os, re
+import csv, hashlib, json, multiprocessing, re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'TrainConfig', 'learning_rate', 'EMA', 'draw_steps', 'batc
 
 # %% ../nbs/09_train.ipynb #355d9bfb
 import csv, json, math, os, shutil, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -21,7 +21,7 @@ from . import __version__
 from .core import RadRotatorError
 from .diffusion import LAST, STEPS, add_noise, variance_loss, velocity, velocity_loss
 from .pairs import VALIDATE, Batch, PairDataset, Pairs, PhantomPlan, phantom_sets
-from .transforms import TransformConfig, to_signed, training_transforms
+from .transforms import TransformConfig, training_transforms
 from .unet import UNet, UNetConfig, load_weights, save_weights
 
 # %% ../nbs/09_train.ipynb #83e2a563
