@@ -8,7 +8,7 @@ root = Path(__file__).parent
 parser = ConfigParser()
 parser.read(root/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-physics = cfg["physics_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("physics", "tensorboard")}
 
 setup(
     name=cfg["lib_name"],
@@ -24,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg["requirements"].split(),
-    extras_require={"physics": physics, "dev": physics + cfg["dev_requirements"].split()},
+    extras_require=extras | {"dev": sum(extras.values(), cfg["dev_requirements"].split())},
     packages=find_packages(include=["radrotator", "radrotator.*"]),
     package_data={"radrotator": ["weights/*.safetensors"]},
     entry_points={

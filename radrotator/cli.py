@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 'Device', 'Bones', 'Out', 'Workers', 'PICTURES',
-           'VOLUMES', 'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite', 'check_name',
-           'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar', 'cores',
-           'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command', 'rotate_command',
-           'check_run', 'command_line', 'commit', 'provenance', 'train_command', 'trained', 'convert_command', 'Item',
+           'VOLUMES', 'SOURCES', 'ENDS', 'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite',
+           'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar',
+           'cores', 'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command',
+           'rotate_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
+           'provenance', 'train_command', 'run', 'trained', 'report_command', 'convert_command', 'Item',
            'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'write_item', 'demo_inputs', 'demo_items',
-           'check_demo', 'folder_beside', 'demo_command', 'demo_text']
+           'check_demo', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
-import contextlib, errno, json, math, os, platform, re, shlex, shutil, subprocess, sys, tempfile, time
+import errno, json, math, os, platform, re, shlex, subprocess, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,7 @@ from typing import Annotated
 import typer
 
 import radrotator
-from .core import RadRotatorError, check_output, sha256, write_beside
+from .core import RadRotatorError, check_output, folder_beside, sha256, write_beside
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -322,31 +323,62 @@ def rotate_command(
     print(f"wrote {out}: {text}, in {seconds:.2f} s")
 
 # %% ../nbs/14_cli.ipynb #c59ed6e6
-def check_run(
+SOURCES = "data", "cts", "phantoms"
+
+
+@dataclass(frozen=True)
+class Asked:
+    "What decides the weights of a run, as it was typed; None: not said."
+    data: str | None = None      # folder of DRR sets
+    cts: str | None = None       # folder of CTs
+    phantoms: int | None = None  # how many
+    preset: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    set: dict | None = None      # setting → value, as text
+    bones: str | None = None     # bone surfaces
+    init: str | None = None      # weights to start from
+
+# %% ../nbs/14_cli.ipynb #be559f80
+def completed(
     folder: Path,  # of the run
-    asked: dict,   # what decides its result
-):
-    "Refuse a folder that is no run, or a run that was asked for something else."
+    asked: Asked,  # now
+    resume: bool,  # go on with what is there
+) -> Asked:        # with what was said when the run began
+    "Refuse a folder that is no run, a run that is to begin twice, or one that was asked for something else."
     check_parent(folder)
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return asked
     try: before = json.loads((folder/"run.json").read_text())
     except (OSError, ValueError): raise RadRotatorError(f"cannot write {folder}: it exists already and is not the folder of a run; choose another name") from None
-    for key in asked:
-        if before.get(key) != asked[key]:
-            raise RadRotatorError(f"the run in {folder} was started with {key} = {before.get(key)}, not {asked[key]}; go on with the same, or choose a new folder")
+    if not resume: raise RadRotatorError(f"{folder} holds a run already; add --resume to go on with it, or choose a new folder")
+    now, places = asdict(asked), ("data", "cts", "bones", "init")   # a folder may have been moved
+    for key, value in now.items():
+        if value is None: continue
+        known = before.get(key)
+        if (known is None) if key in places else known != value and key not in ("steps", "set"):    # those the trainer knows better
+            raise RadRotatorError(f"the run in {folder} was started with {key} = {known}, not {value}; go on with the same, or choose a new folder")
+    return Asked(**{key: before.get(key) if value is None else value for key, value in now.items()})
 
-# %% ../nbs/14_cli.ipynb #ffb40088
-def command_line(
-    context: typer.Context,  # of the command that runs
-) -> str:                    # what to type to do the same
-    "The command with every option that has a value, and no path of this machine."
-    words = context.command_path.split()
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name)
-        if value is None or value is False: continue
-        if value is not True: words += [parameter.opts[-1], value.name if isinstance(value, Path) else str(value)]
-        else: words.append(parameter.opts[-1])
-    return shlex.join(words)
+# %% ../nbs/14_cli.ipynb #ff5058ca
+def recipe_of(
+    asked: Asked,  # as completed
+) -> tuple:        # `TrainConfig`, and settings of the data by their names
+    "The recipe that is meant."
+    from radrotator.train import PRESETS, with_settings
+    name = asked.preset or "tiny"
+    if name not in PRESETS: raise RadRotatorError(f"there is no preset {name!r}; choose {' or '.join(PRESETS)}")
+    settings = {key: value for key, value in (asked.set or {}).items() if not key.startswith("data.")}
+    config = replace(PRESETS[name], seed=asked.seed or 0, steps=asked.steps or PRESETS[name].steps)
+    return with_settings(config, settings), {key[5:]: value for key, value in (asked.set or {}).items() if key.startswith("data.")}
+
+# %% ../nbs/14_cli.ipynb #1dc74dab
+def settings_of(
+    words: list[str],  # key=value, as typed
+) -> dict | None:      # key → value; None where nothing was typed
+    "Split settings."
+    for word in words:
+        if not re.fullmatch(r"[\w.]+=.+", word): raise typer.BadParameter(f"{word!r} is no setting; write it as rate=2e-4 or unet.head=warp")
+    return dict(word.split("=", 1) for word in words) or None
 
 # %% ../nbs/14_cli.ipynb #93c93590
 def commit(
@@ -359,65 +391,133 @@ def commit(
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError): return None
 
+# %% ../nbs/14_cli.ipynb #b05162de
+def command_line(
+    context: typer.Context,  # of the command that runs
+) -> str:                    # what to type to do the same
+    "The command with every option that has a value, and no path of this machine."
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if value is True: words.append(parameter.opts[-1])
+        for one in value if isinstance(value, (list, tuple)) else [] if value is None or isinstance(value, bool) else [value]:
+            words += [parameter.opts[-1], one.name if isinstance(one, Path) else str(one)]
+    return shlex.join(words)
+
 # %% ../nbs/14_cli.ipynb #271a0963
+def feeds_of(
+    asked: Asked,   # as completed
+    config,         # `TrainConfig`
+    settings: dict, # of the data
+    workers: int,   # processes
+    device: str,    # that trains
+) -> tuple:         # pairs to train on, pairs of fold 6 or None, and what weights say of them
+    "The pairs that are meant, and where they come from."
+    from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
+    from radrotator.train import from_jobs, from_sets, with_settings
+    given = [name for name in SOURCES if getattr(asked, name) is not None]
+    if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
+    if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
+    if asked.data:
+        if settings: raise RadRotatorError(f"data.{min(settings)} is a setting of pairs that are rendered while training; DRR sets are as they were made")
+        data, validation = from_sets(asked.data)
+        return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
+    plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
+    plan = replace(with_settings(plan, settings), size=config.unet.size)
+    jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, asked.cts)
+    bones = dict(bones=Path(plan.bones).name, bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
+    return *from_jobs(jobs, plan, config, workers, device), plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=len(jobs), folder=Path(asked.cts).name)) | bones
+
+# %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(
     context: typer.Context,  # of the command
-    plan,                    # `PhantomPlan`
+    data: dict,              # as from `feeds_of`
     device: str,             # where it trains
+    processes: int,          # how many
 ) -> dict:                   # for the weights file
     "How weights came about."
     import torch
-    from radrotator.pairs import bones_hash
-    data = asdict(plan)
-    if plan.bones: data |= dict(bones=Path(plan.bones).name, bones_sha256=bones_hash(plan.bones))
-    return dict(command=command_line(context), commit=commit(), data=data, device=device, cores=cores(),
-                python=platform.python_version(), torch=torch.__version__)
+    return dict(command=command_line(context), commit=commit(), data=data, device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device, processes=processes, cores=cores(), python=platform.python_version(), torch=torch.__version__)
 
-# %% ../nbs/14_cli.ipynb #0c9743e5
+# %% ../nbs/14_cli.ipynb #a3068db5
 @app.command("train")
 def train_command(
     context: typer.Context,  # of the parser
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the run; the same command again goes on where it stopped", show_default=False)],  # folder of the run
-    preset: Annotated[str, typer.Option(help="tiny (64², hours on a CPU) or paper (256², days on GPUs)")] = "tiny",  # of network and training
-    phantoms: Annotated[int, typer.Option(min=1, max=100_000, help="synthetic patients to train on")] = 300,  # patients
-    minutes: Annotated[float, typer.Option(min=0, callback=finite, help="stop after so long, phantoms not counted, also before the last step")] = 60.0,  # of training
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder of the run", show_default=False)],  # folder of the run
+    data: Annotated[Path | None, typer.Option("--data", help="train on DRR sets that radrotator pairs rendered", show_default=False)] = None,  # folder of sets
+    cts: Annotated[Path | None, typer.Option("--cts", help="train on CTs that radrotator ingest wrote, rendered while training", show_default=False)] = None,  # folder of CTs
+    phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=10_000_000, help="train on so many synthetic patients, made and rendered while training", show_default=False)] = None,  # patients
+    preset: Annotated[str | None, typer.Option(help="tiny (64², an hour on a CPU), small (128², hours on a GPU) or paper (256², days on GPUs)  [default: tiny]", show_default=False)] = None,  # of network and training
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUT, or begin where there is none")] = False,  # go on
+    steps: Annotated[int | None, typer.Option(min=1, help="of training, in all  [default: the preset's]", show_default=False)] = None,  # of training
+    minutes: Annotated[float | None, typer.Option(min=0, callback=finite, help="stop after so long, also before the last step  [default: no limit]", show_default=False)] = None,  # of training
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="set anything of the recipe, such as rate=2e-4, unet.head=warp or data.one_axis=0; may be given again", show_default=False)] = [],  # of the recipe
     bones: Bones = None,  # bone surfaces
-    seed: Seed = 0,       # of phantoms, pairs and weights
-    steps: Annotated[int | None, typer.Option(min=1, help="of training  [default: the preset's]", show_default=False)] = None,  # of training
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="of phantoms, pairs and weights  [default: 0]", show_default=False)] = None,  # of everything
     init: Annotated[Path | None, typer.Option("--init", help="trained weights to start from  [default: random ones]", show_default=False)] = None,  # a file
-    workers: Workers = None,  # processes that make phantoms
+    together: Annotated[int | None, typer.Option(min=8, help="pairs computed at a time in each process; gradients of several passes add up  [default: as many as memory allows]", show_default=False)] = None,  # pairs
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute activations twice instead of keeping them: a third slower, a fraction of the memory")] = False,  # of activations
+    compile: Annotated[bool, typer.Option("--compile", help="compile the network: minutes at the start, faster after")] = False,  # the network
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write events to OUT/events, too")] = False,  # events
+    workers: Annotated[int | None, typer.Option(min=0, max=1024, help="processes that read or make data ahead  [default: 4 beside a GPU, else 1]", show_default=False)] = None,  # processes
     device: Device = "auto",  # where to train
 ):
-    "Train a model on phantoms. The weights are OUT/weights.safetensors."
-    asked = dict(preset=preset, phantoms=phantoms, seed=seed, steps=steps, bones=bones and bones.name, init=init and init.name)
-    check_run(out, asked)
-    check_bones(bones)
+    "Train a model. The best weights so far are OUT/weights.safetensors. Under torchrun, several processes share the work."
+    text = lambda path: path and str(path)
+    asked = completed(out, Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init)), resume)
+    check_bones(asked.bones)
     from radrotator.rotate import pick_device
-    from radrotator.pairs import PhantomPlan
-    from radrotator.train import PRESETS, train_on_phantoms
-    from radrotator.unet import load_weights
-    if preset not in PRESETS: raise RadRotatorError(f"there is no preset {preset!r}; choose {' or '.join(PRESETS)}")
-    config, device = replace(PRESETS[preset], seed=seed), pick_device(device)
-    if steps: config = replace(config, steps=steps)
-    if init and load_weights(init)[0].config != config.unet:
-        raise RadRotatorError(f"{init} holds another network than preset {preset} trains; choose the preset that it was trained with")
-    plan = PhantomPlan(count=phantoms, seed=seed, size=config.unet.size, bones=bones and str(bones))
-    out.mkdir(exist_ok=True)
-    with write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asked))
-    print(f"training {preset} on {device}; progress goes to {out/'log.csv'}", flush=True)
-    weights = train_on_phantoms(out, config, plan, minutes, workers or cores(), device, provenance(context, plan, device), init)
-    print(trained(weights))
+    from radrotator.train import Machine, Trainer, join
+    config, of_data = recipe_of(asked)
+    device = pick_device(device)
+    accelerator, workers = join(device), workers if workers is not None else 1 if device == "cpu" else 4
+    train_on, validate_on, named = feeds_of(asked, config, of_data, workers, str(accelerator.device))
+    about = provenance(context, named, str(accelerator.device), accelerator.num_processes)
+    trainer = Trainer(out, config, train_on, validate_on, Machine(together, workers, compile, checkpointing, tensorboard), accelerator, about)
+    if not trainer.resume() and asked.init: trainer.about |= dict(init=trainer.start_from(asked.init))
+    run(trainer, asked, math.inf if minutes is None else minutes)
 
-# %% ../nbs/14_cli.ipynb #a3068db5
+# %% ../nbs/14_cli.ipynb #729d2712
+def run(
+    trainer,         # `Trainer`, ready
+    asked: Asked,    # what to write down
+    minutes: float,  # at most
+):
+    "Train, and say what it has come to."
+    out, main = trainer.folder, trainer.accelerator.is_main_process
+    if main:
+        out.mkdir(exist_ok=True)
+        with write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked)))
+        print(f"training on {trainer.device}{f', {trainer.accelerator.num_processes} processes' if trainer.accelerator.num_processes > 1 else ''}; progress goes to {out/'log.csv'}" + ("" if trainer.exam else "; there is no fold 6, so the last weights are taken for the best"), flush=True)
+    end = trainer.fit(minutes)
+    if main: print("\n" + trained(trainer, end), flush=True)
+    trainer.accelerator.end_training()
+
+# %% ../nbs/14_cli.ipynb #18221c55
+ENDS = dict(steps="all steps are done", time="the time is over", patience="it gets no better", signal="it was asked to stop; go on with --resume")
+
+
 def trained(
-    weights: Path,  # from `train_on_phantoms`
-) -> str:           # one line
+    trainer,   # `Trainer`, after `fit`
+    end: str,  # one of ENDS
+) -> str:      # a line
     "What a run has come to."
-    import csv
-    from radrotator.unet import load_weights
-    _, about = load_weights(weights)
-    with open(weights.parent/"log.csv", newline="") as file: *_, last = csv.DictReader(file)
-    return f"wrote {weights}: {about['steps']} of {about['training']['steps']} steps in {about['seconds']} s of training; one-step skill on the validation sets, all axes together: {float(last['skill']):.2f}"
+    best, weights = trainer.best, trainer.folder/"weights.safetensors"
+    skill = f", with a one-step skill of {best['skill']:.2f} on fold 6 over all rotations" if "skill" in best else ""
+    return f"{trainer.step} of {trainer.config.steps} steps in {trainer.seconds:.0f} s of training: {ENDS[end]}" + (f". {weights} holds the weights of step {best['step']}{skill}" if best else "")
+
+# %% ../nbs/14_cli.ipynb #b8bc1f8a
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run", show_default=False)],  # of a run
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="an .html file  [default: RUN/report.html, written anew each time]", show_default=False)] = None,  # a file
+):
+    "Draw a training run: one HTML file that needs no other."
+    from radrotator.train import report
+    if out is not None: check_name(out, (".html",))
+    text, out = report(folder), out or folder/"report.html"
+    with write_beside(out) as temporary: temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {out}")
 
 # %% ../nbs/14_cli.ipynb #92351341
 @app.command("convert")
@@ -516,7 +616,7 @@ def write_item(
     "The sheet of an item, and its pictures one by one."
     import numpy as np
     from radrotator.drr import AXES
-    from radrotator.evaluate import view_sheet
+    from radrotator.train import view_sheet
     from radrotator.radiograph import Radiograph
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
@@ -573,22 +673,6 @@ def check_demo(
     ours = folder.is_dir() and table.is_file() and table.read_text(errors="replace").startswith(TITLE)
     if not ours or any(p.suffix != ".png" and p != table for p in folder.iterdir()):
         raise RadRotatorError(f"cannot write {folder}: it exists already and holds what no demo wrote; choose another name or remove it first")
-
-# %% ../nbs/14_cli.ipynb #5d6eaa29
-@contextlib.contextmanager
-def folder_beside(
-    folder: Path,  # where the finished folder shall stand
-):                 # yields a temporary folder beside it
-    "Write a folder whole or not at all, in the place of what was there."
-    folder = folder.resolve()
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    new, old = temporary/"new", temporary/"old"
-    try:
-        new.mkdir()
-        yield new
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/14_cli.ipynb #27c86ad1
 @app.command("demo")

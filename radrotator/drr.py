@@ -17,7 +17,6 @@ from itertools import product
 import numba, numpy as np, torch
 from fastcore.basics import patch
 from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
 from .core import RadRotatorError, rng
 from .ct import CT
@@ -29,10 +28,14 @@ CONVENTION = "P=(x,y,z) degrees turns the patient, R=Rz·Ry·Rx about fixed RAS 
 
 # %% ../nbs/03_drr.ipynb #d0fcf9ce
 def rotation(
-    poses,            # (N, 3) or (3,) degrees
-) -> np.ndarray:      # (N, 3, 3) or (3, 3) rotation matrices
+    poses,  # (N, 3) or (3,) degrees; a tensor stays where it is
+):          # (N, 3, 3) or (3, 3) rotation matrices: a tensor for a tensor, otherwise an array of float64
     "R(P) = Rz·Ry·Rx about the fixed patient axes."
-    return Rotation.from_euler("xyz", poses, degrees=True).as_matrix()
+    if not torch.is_tensor(poses): return rotation(torch.from_numpy(np.asarray(poses, np.float64))).numpy()
+    (a, b, c), (p, q, r) = (function(poses.deg2rad()).unbind(-1) for function in (torch.cos, torch.sin))
+    return torch.stack([c*b, c*q*p - r*a, c*q*a + r*p,
+                        r*b, r*q*p + c*a, r*q*a - c*p,
+                        -q,  b*p,         b*a], dim=-1).unflatten(-1, (3, 3))
 
 # %% ../nbs/03_drr.ipynb #e6e4234e
 def check_angles(
@@ -78,15 +81,17 @@ def plane_homographies(
     vectors,      # (N, 3) degrees: by how much the patient turns
     depths,       # (K,) mm: planes y = depth, in front of the isocentre positive
     carm: CArm,   # geometry
-) -> np.ndarray:  # (N, K, 3, 3): homogeneous (u, w, 1) of the rotated image → the input image, in [-1, 1] from edge to edge
+):                # (N, K, 3, 3): homogeneous (u, w, 1) of the rotated image → the input image, in [-1, 1] from edge to edge; tensor for tensors, else array
     "Where each pixel of the rotated view finds, in the input, what lies in a coronal plane."
-    half = carm.fov/2
-    lift = np.zeros((len(depths), 3, 3))                               # image of the input → patient mm
-    lift[:, 0, 0] = lift[:, 2, 1] = -half*(carm.sod - np.asarray(depths))/carm.sod
-    lift[:, 1, 2] = depths
-    project = np.array([[-carm.sod/half, 0, 0], [0, 0, -carm.sod/half], [0, -1, 0]])
-    offset = np.array([[0, 0, 0], [0, 0, 0], [0, 0, carm.sod]])        # the homogeneous coordinate is the distance from the source, sod − y
-    return np.linalg.inv(project @ rotation(vectors)[:, None] @ lift + offset)
+    if not torch.is_tensor(vectors): return plane_homographies(*(torch.from_numpy(np.asarray(values, np.float64)) for values in (vectors, depths)), carm).numpy()
+    half, d = carm.fov/2, depths[:, None]
+    right, front, up = rotation(vectors)[:, None].unbind(-1)             # the turned patient's axes
+    f = half*(carm.sod - d)/carm.sod
+    x, y, z = torch.stack([-f*right, -f*up, d*front], dim=-1).unbind(-2) # image of the input → mm of the turned patient
+    source = carm.sod*torch.eye(3, dtype=y.dtype, device=y.device)[2]    # in front; homogeneous, it counts with the 1 of (u, w, 1)
+    a1, a2, a3 = torch.stack([-carm.sod/half*x, -carm.sod/half*z, source - y], dim=-2).unbind(-1)
+    rows = [torch.linalg.cross(*two) for two in ((a2, a3), (a3, a1), (a1, a2))]
+    return torch.stack(rows, dim=-2)/(a1*rows[0]).sum(-1)[..., None, None]
 
 # %% ../nbs/03_drr.ipynb #c9afd18f
 MU_WATER = 0.0193  # 1/mm at 70 keV, NIST XCOM

@@ -6,23 +6,26 @@
 __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT', 'draw_couple', 'six_vectors', 'draw_triple',
            'draw_poses', 'patient_strata', 'assign_folds', 'sweep', 'write_table', 'read_folds', 'write_folds',
            'SetPlan', 'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set', 'read_set',
-           'Batch', 'unit_range', 'Pairs', 'check_separation', 'PairDataset', 'Job', 'report_row', 'make_set',
-           'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in', 'header_row', 'ct_jobs', 'sets_in',
-           'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets', 'OnTheFlyPairs']
+           'Batch', 'unit_range', 'draw_views', 'Pairs', 'check_separation', 'sets_in', 'PairDataset', 'Job',
+           'report_row', 'make_set', 'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in',
+           'header_row', 'ct_jobs', 'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets',
+           'upcoming', 'Ahead', 'OnTheFlyPairs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
-import csv, hashlib, json, multiprocessing, re
+import atexit, csv, hashlib, json, multiprocessing, re, signal, threading, time, weakref
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numba, numpy as np, torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import RadRotatorError, alone, each, rng, sha256, write_beside
+from .core import RadRotatorError, alone, each, end_with_parent, rng, sha256, write_beside
 from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
 from .drr import AXES, CONVENTION, MU_WATER, CArm, Physics, Renderer, fit_fov
 from .phantom import BoneAtlas, member, phantom
@@ -186,6 +189,9 @@ def renderer(self: SetPlan,
     return Renderer(ct, self.engine, self.device, self.physics and replace(self.physics, seed=noise))
 
 # %% ../nbs/04_pairs.ipynb #16bc3d22
+def _damaged(folder, how): return RadRotatorError(f"{folder} is not a whole DRR set: drr.npy is {how}; render it again")
+
+# %% ../nbs/04_pairs.ipynb #b0167ade
 @dataclass(frozen=True)
 class DRRSet:
     "Rendered DRRs of one CT."
@@ -197,7 +203,7 @@ class DRRSet:
     def images(self) -> np.ndarray: # (N, H, W) float16 line integrals, a read-only memory map
         "The DRRs, mapped anew each time: no handle stays open."
         try: return np.load(self.folder/"drr.npy", mmap_mode="r")
-        except (OSError, ValueError): raise RadRotatorError(f"{self.folder} is not a whole DRR set: drr.npy is missing or damaged; render it again") from None
+        except (OSError, ValueError): raise _damaged(self.folder, "missing or damaged") from None
 
 # %% ../nbs/04_pairs.ipynb #f235a8e9
 FORMAT = 2  # of manifests; sets of another format are made again
@@ -260,17 +266,42 @@ def write_set(
     return folder
 
 # %% ../nbs/04_pairs.ipynb #90b8f2e1
+@patch
+def check(self: DRRSet) -> DRRSet: # itself
+    "Refuse a set whose images are not all there."
+    with suppress(OSError):
+        if (self.folder/"drr.npy").stat().st_size == self.manifest["bytes"]: return self
+    raise _damaged(self.folder, "missing or damaged")
+
+# %% ../nbs/04_pairs.ipynb #8b94cb0f
 def read_set(
     folder: str | Path,  # folder of a set
+    check: bool = True,  # refuse it also where the images are not all there
 ) -> DRRSet:             # images stay on disk until they are looked at
     "Open a DRR set."
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    if manifest is None: raise RadRotatorError(f"{folder} is not a whole DRR set: it has no readable manifest.json of this version; render it again")
+    manifest = read_manifest(folder) or {}
+    try: poses = np.array(manifest.pop("poses"), np.float32)
+    except (KeyError, TypeError, ValueError): poses = np.empty(0)
+    if poses.ndim != 2 or len(poses) < 3 or not {"patient", "fold", "carm", "bytes"} <= manifest.keys():
+        raise RadRotatorError(f"{folder} is not a whole DRR set: it has no readable manifest.json of this version; render it again")
+    return DRRSet(folder, poses, manifest).check() if check else DRRSet(folder, poses, manifest)
+
+# %% ../nbs/04_pairs.ipynb #6bb8b33a
+@patch
+def look(self: DRRSet,
+    rows,         # which DRRs
+) -> np.ndarray:  # (len(rows), H, W) float16 line integrals
+    "Read some DRRs, and refuse what cannot be trained on."
+    size, whole = self.manifest["carm"]["size"], self.manifest["bytes"]
     try:
-        if (folder/"drr.npy").stat().st_size != manifest["bytes"]: raise OSError
-        return DRRSet(folder, np.array(manifest.pop("poses"), np.float32), manifest)
-    except (OSError, KeyError, ValueError): raise RadRotatorError(f"{folder} is not a whole DRR set: drr.npy is missing or damaged; render it again") from None
+        with open(self.check().folder/"drr.npy", "rb", buffering=0) as file:
+            read = lambda row: (file.seek(whole - 2*size*size*(len(self.poses) - row)), file.read(2*size*size))[1]  # after a header, which is of the same length in all sets of one shape
+            images = np.stack([np.frombuffer(read(row), "<f2").reshape(size, size) for row in rows])
+    except (OSError, ValueError): raise _damaged(self.folder, "missing or damaged") from None
+    low, high = (extreme(torch.from_numpy(images).float(), dim=(1, 2)) for extreme in (torch.amin, torch.amax))  # numpy takes twenty times as long to widen half precision
+    if not ((-np.inf < low) & (low < high) & (high < np.inf)).all(): raise _damaged(self.folder, "damaged, it holds a picture with no range or with values that are not finite")
+    return images
 
 # %% ../nbs/04_pairs.ipynb #2331b7e7
 @dataclass(frozen=True)
@@ -279,6 +310,7 @@ class Batch:
     input: torch.Tensor   # (B, 1, H, W) float32, the radiograph given, in [0, 1]
     target: torch.Tensor  # (B, 1, H, W) float32, the radiograph asked for, on the input's scale
     vector: torch.Tensor  # (B, 3) float32 degrees, V = P2 − P1
+    quarantined: tuple = () # (name, sentence) of every set that was found damaged while these pairs were drawn, and left out
 
 # %% ../nbs/04_pairs.ipynb #aae0dce1
 def unit_range(
@@ -289,28 +321,34 @@ def unit_range(
     of = torch if isinstance(images, torch.Tensor) else np
     images, *others = (of.asarray(a, dtype=of.float32) for a in (images, *others))
     low, high = (f(images, axis=(-2, -1), keepdims=True) for f in (of.amin, of.amax))
-    return tuple((a - low)/(high - low).clip(1e-6) for a in (images, *others))
+    scaled = [a - low for a in (images, *others)]
+    for a in scaled: a /= (high - low).clip(1e-6)  # in place: a second copy of a batch costs more than the division
+    return tuple(scaled)
 
 # %% ../nbs/04_pairs.ipynb #a71be6ac
+def draw_views(
+    random: np.random.Generator, # stream
+    triples,                     # how many there are of each CT
+) -> tuple:                      # which CT, which of its triples, and (input, target) within the triple, one of `SIX`
+    "Draw one pair."
+    which = int(random.integers(len(triples)))
+    return which, int(random.integers(triples[which])), SIX[random.integers(6)]
+
+# %% ../nbs/04_pairs.ipynb #0792c3a3
 class Pairs:
-    "Batches of pairs. Who inherits knows `triples`, how many there are of each CT, the poses of a triple, and its DRRs."
+    "Batches of pairs. Who inherits knows how to draw couples: `_couples(streams, step)` gives poses (n, 2, 3), images (n, 2, H, W), and what was quarantined."
     def batch(self,
         seed: int,      # of the run
         step: int,      # which batch
         size: int,      # pairs in it
         start: int = 0, # first of these pairs within the batch, where several workers share one
-    ) -> Batch:         # a function of the arguments alone
+    ) -> Batch:         # a function of the arguments, and of the files, alone
         "Draw pairs."
-        drawn = [self._draw(rng(seed, "pairs", step, start + i)) for i in range(size)]
-        vectors = [np.diff(self._triple(which, number)[[*views]], axis=0)[0] for which, number, views in drawn]
-        images = self._images(drawn)
-        input, target = unit_range(images[:, :1], images[:, 1:])
-        return Batch(input, target, torch.as_tensor(np.array(vectors, np.float32), device=images.device))
-
-    def _draw(self, random):
-        "Which CT, which of its triples, and (input, target) within it."
-        which = int(random.integers(len(self.triples)))
-        return which, int(random.integers(self.triples[which])), SIX[random.integers(6)]
+        first = start - start % 2
+        poses, images, quarantined = self._couples([rng(seed, "pairs", step, place//2) for place in range(first, start + size, 2)], step)
+        there = torch.arange(start - first, start - first + size)  # among the DRRs, two of each couple; the other one is its neighbour
+        (source, target), (p1, p2) = ([of.flatten(0, 1).index_select(0, which.to(of.device)) for which in (there, there ^ 1)] for of in (images, poses))
+        return Batch(*unit_range(source[:, None], target[:, None]), (p2 - p1).to(images.device), tuple(quarantined.items()))
 
 # %% ../nbs/04_pairs.ipynb #fbe88ea8
 def check_separation(
@@ -322,27 +360,52 @@ def check_separation(
         other, where = seen.setdefault(patient, (name, fold))
         if where != fold: raise RadRotatorError(f"one patient lies in two folds: {other} in fold {where}, {name} in fold {fold}; a model must not be tested on whom it was trained on: give both the same fold and render again")
 
-# %% ../nbs/04_pairs.ipynb #47b77012
+# %% ../nbs/04_pairs.ipynb #27dbb3b0
+def sets_in(
+    folder: str | Path,  # of sets
+) -> list[Path]:         # folders of the sets that are whole
+    "The DRR sets of a folder."
+    return sorted(path.parent for path in Path(folder).glob("*/manifest.json"))
+
+# %% ../nbs/04_pairs.ipynb #47b47902
 class PairDataset(Pairs):
     "The six pairs of every triple in some DRR sets."
     def __init__(self,
-        folders,               # folders of DRR sets
+        folders,               # a folder of DRR sets, or several folders, each a set or a folder of sets
         folds=TRAIN,           # only sets of these folds
     ):
-        sets = [read_set(f) for f in sorted(map(Path, folders))]
-        check_separation((s.folder.name, s.manifest["patient"], s.manifest["fold"]) for s in sets)
-        sizes = {s.manifest["carm"]["size"]: s.folder.name for s in sets}
+        folders = [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+        opened, self.quarantined = [], {}
+        for folder in sorted(each for folder in folders for each in sets_in(folder) or [folder]):
+            try: opened.append(read_set(folder, check=False)); opened[-1].check()
+            except RadRotatorError as error: self.quarantined[folder.name] = str(error)
+        check_separation((s.folder.name, s.manifest["patient"], s.manifest["fold"]) for s in opened)
+        sizes = {s.manifest["carm"]["size"]: s.folder.name for s in opened}
         if len(sizes) > 1: raise RadRotatorError(f"the DRR sets are not all of one size: {', '.join(f'{name} has {n}²' for n, name in sorted(sizes.items()))}; render them again with one --size")
-        self.sets = [s for s in sets if s.manifest["fold"] in folds]
-        if not self.sets: raise RadRotatorError(f"none of the {len(sets)} DRR sets belongs to folds {', '.join(map(str, folds))}; render some or name other folds")
+        self.sets, self.folds = [s for s in opened if s.manifest["fold"] in folds], ", ".join(map(str, folds))
+        if not self.sets and not self.quarantined: raise RadRotatorError(f"none of the {len(opened)} DRR sets belongs to folds {self.folds}; render some or name other folds")
+        if not {s.folder.name for s in self.sets} - self.quarantined.keys(): raise self._none_left(self.quarantined)
         self.triples = [len(s.poses)//2 for s in self.sets]
 
-    def _triple(self, which, number): return self.sets[which].poses[[0, 1 + 2*number, 2 + 2*number]]
+    def _none_left(self, damaged):
+        return RadRotatorError(f"no undamaged DRR set is left of folds {self.folds} ({len(damaged)} damaged); the first: {next(iter(damaged.values()))}")
 
-    def _images(self, drawn):
-        "(B, 2, H, W) of the sets' files."
-        rows = lambda number, views: [(0, 1 + 2*number, 2 + 2*number)[view] for view in views]
-        return torch.from_numpy(np.stack([self.sets[which].images[rows(number, views)] for which, number, views in drawn]))
+    def _couples(self, streams, step):
+        couples, damaged = zip(*map(self._couple, streams))
+        poses, images = (torch.from_numpy(np.stack(parts)) for parts in zip(*couples))
+        return poses, images, {name: sentence for found in damaged for name, sentence in found.items()}
+
+# %% ../nbs/04_pairs.ipynb #3065a1fc
+@patch
+def _couple(self: PairDataset, random):
+    "The first couple of a stream whose images can be trained on: its poses and images, and the sets that were damaged on the way."
+    damaged = {}
+    for _ in range(100*len(self.sets)):
+        which, number, views = draw_views(random, self.triples)
+        drrs, rows = self.sets[which], [(0, 1 + 2*number, 2 + 2*number)[view] for view in views]
+        try: return (drrs.poses[rows], drrs.look(rows)), damaged
+        except RadRotatorError as error: damaged[drrs.folder.name] = str(error)
+    raise self._none_left(damaged)
 
 # %% ../nbs/04_pairs.ipynb #949d48cb
 @dataclass(frozen=True)
@@ -370,6 +433,7 @@ def prepare(self: SetPlan,
     random = rng(self.seed, job.name)
     wished, seed = CArm(size=self.size, fov=random.uniform(*self.fov)), int(random.integers(2**31))
     ct = replace(self.ct(job), name=job.name)
+    if not -1000 < ct.hu.max() < np.inf: raise Refusal("NOT_HU", f"{job.name}: nothing in this CT is denser than air, or its values are not finite; give Hounsfield units, or remove it")
     try: return ct, fit_fov(ct, wished), seed
     except RadRotatorError as error: raise Refusal("TOO_SHORT", str(error)) from None
 
@@ -507,13 +571,6 @@ def ct_jobs(
     if not (folds or beside.exists()): places = write_folds(Path(sets)/"folds.csv", [header_row(*file) for file in files.items()], seed)
     return [Job(name, *places.get(name, (patient_of(name), None)), path) for name, path in files.items()]
 
-# %% ../nbs/04_pairs.ipynb #27dbb3b0
-def sets_in(
-    folder: str | Path,  # of sets
-) -> list[Path]:         # folders of the sets that are whole
-    "The DRR sets of a folder."
-    return sorted(path.parent for path in Path(folder).glob("*/manifest.json"))
-
 # %% ../nbs/04_pairs.ipynb #02c41e09
 def strays(
     folder: Path,   # of sets
@@ -610,32 +667,172 @@ def phantom_sets(
     return [Path(folder)/row["name"] for row in rows]
 
 # %% ../nbs/04_pairs.ipynb #e2228ab1
+@lru_cache(maxsize=4)
+def upcoming(
+    seed: int,   # of the order
+    jobs: int,   # how many
+    place: int,  # in the endless sequence, from 0
+) -> tuple:      # the numbers of all jobs, in the order in which they come first from this place on
+    "What comes next; a pass and the one after it hold every job."
+    passes = [rng(seed, "pass", number).permutation(jobs) for number in (place//jobs, place//jobs + 1)]
+    return tuple(dict.fromkeys(np.concatenate(passes)[place % jobs:].tolist()))
+
+# %% ../nbs/04_pairs.ipynb #e1cba0df
+def _answer(connection, work):
+    "The life of a process of the background: results, or refusals, for arguments."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent; this process ends with it
+    end_with_parent()
+    with suppress(EOFError, BrokenPipeError):     # nobody asks any more
+        while True:
+            argument = connection.recv()
+            try: result = work(argument)
+            except RadRotatorError as error: result = error
+            connection.send(result)
+
+# %% ../nbs/04_pairs.ipynb #a2d49e30
+_RUNNING = weakref.WeakSet()  # closed when the program ends, before multiprocessing ends its processes: a thread would start another
+
+# %% ../nbs/04_pairs.ipynb #6ba62ca8
+class Ahead:
+    "Work done in the background, in order."
+    def __init__(self,
+        work,              # a function of one argument
+        workers: int = 0,  # processes that do it; 0: a thread of this process does
+        finish=lambda result: result, # done with each result in this process, also in the background
+    ):
+        self.work, self.finish, self.asked, self.processes, self.closed = work, finish, SimpleQueue(), {}, False
+        self.threads = [threading.Thread(target=self._serve, args=(workers > 0,), daemon=True) for _ in range(max(1, workers))]
+        for thread in self.threads: thread.start()
+        _RUNNING.add(self)
+
+    def submit(self,
+        argument,  # of the function
+    ) -> Future:   # of its result; a `RadRotatorError` where it was refused, None where the process died twice
+        "Have something done."
+        if self.closed: raise RadRotatorError("the work in the background has been ended, nothing more can be made; open the pairs anew")
+        self.asked.put((future := Future(), argument))
+        return future
+
+    def close(self):
+        "End the background; what is under way is given up."
+        self.closed = True
+        for thread in self.threads: self.asked.put(None)
+        for process, _ in list(self.processes.values()): process.terminate()
+
+# %% ../nbs/04_pairs.ipynb #5a8162e3
+@atexit.register
+def _close_all():
+    for ahead in list(_RUNNING): ahead.close()
+
+# %% ../nbs/04_pairs.ipynb #5777b472
+@patch
+def _serve(self: Ahead, elsewhere):
+    "The life of a thread."
+    work = self._elsewhere if elsewhere else self.work
+    while (asked := self.asked.get()) and not self.closed:
+        future, argument = asked
+        if not future.set_running_or_notify_cancel(): continue
+        try: result = work(argument)
+        except RadRotatorError as error: result = error
+        except BaseException as error: future.set_exception(error); continue
+        failed = result is None or isinstance(result, RadRotatorError)
+        try: future.set_result(result if failed else self.finish(result))
+        except Exception as error: future.set_exception(error)
+        del asked, future, argument, result  # or a waiting thread would keep a volume
+    if mine := self.processes.pop(threading.get_ident(), None): mine[0].terminate()
+
+# %% ../nbs/04_pairs.ipynb #300c6c4b
+@patch
+def _elsewhere(self: Ahead, argument):
+    "The answer of this thread's process, a new one where it has died; None where that died as well."
+    mine, spawn = threading.get_ident(), multiprocessing.get_context("spawn")
+    for attempt in range(2):
+        if self.closed: break
+        if mine not in self.processes:
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_answer, args=(there, self.work), daemon=True)
+            process.start(); there.close()
+            self.processes[mine] = process, here
+        process, here = self.processes[mine]
+        try:
+            here.send(argument)
+            return here.recv()
+        except (EOFError, OSError):
+            del self.processes[mine]
+            process.join()
+
+# %% ../nbs/04_pairs.ipynb #21a61700
 class OnTheFlyPairs(Pairs):
     "The six pairs of every triple of some CTs, rendered when they are asked for."
     def __init__(self,
         jobs,                      # list of `Job`, as from `ct_jobs` or `phantom_jobs`; also with CTs in memory
         plan: SetPlan = SetPlan(), # how to render; `drrs` may be as large as 2⁶²
         folds=TRAIN,               # only CTs of these folds
-        progress=lambda jobs, total: jobs, # wraps the iterable of jobs while they are read
+        held: int = 16,            # volumes in memory, beside those being made
+        refresh: int = 16,         # steps after which one of them is replaced
+        workers: int = 0,          # processes that make the next ones; 0: a thread does
+        progress=lambda jobs, total: jobs, # wraps the iterable of jobs while memory fills
     ):
+        if min(held, refresh) < 1: raise RadRotatorError(f"{held} volumes in memory, refreshed every {refresh} steps, is not possible; both must be 1 or more")
         jobs = sorted(jobs, key=lambda job: job.name)
         check_separation((job.name, job.patient, job.fold) for job in jobs)
-        self.plan, self.volumes, self.refused = plan, [], {}
-        wanted = [job for job in jobs if job.fold in folds]
-        for job in progress(wanted, len(wanted)):
-            try: ct, carm, seed = plan.prepare(job)
-            except RadRotatorError as error: self.refused[job.name] = str(error)
-            else: self.volumes.append((plan.renderer(ct), carm, seed))
-        if not self.volumes: raise RadRotatorError(f"none of the {len(jobs)} CTs can be used for folds {', '.join(map(str, folds))} ({len(self.refused)} were refused); add some or name other folds")
-        self.triples = [(plan.drrs - 1)//2]*len(self.volumes)
+        self.jobs = [job for job in jobs if job.fold in folds]
+        self.wanted = f"of the {len(jobs)} CTs can be used for folds {', '.join(map(str, folds))}"
+        if not self.jobs: raise RadRotatorError(f"none {self.wanted}; add some or name other folds")
+        self.plan, self.held, self.refresh, self.progress = plan, held, refresh, progress
+        self.refused, self.waited, self.made = {}, 0.0, {}
+        self.soon = max(1, workers)
+        self.ahead = Ahead(plan.prepare, workers, lambda prepared: (plan.renderer(prepared[0]), *prepared[1:]))
+        weakref.finalize(self, self.ahead.close).atexit = False
+        if len(self.jobs) <= held: self.volumes(0); self.close()
 
-    def _triple(self, which, number): return draw_triple(self.volumes[which][2], number, self.plan.one_axis)
+    def close(self):
+        "End the work in the background; no batch can be drawn any more unless all volumes are in memory."
+        self.ahead.close()
 
-    def _images(self, drawn):
-        "(B, 2, H, W), rendered CT by CT."
-        images = torch.empty(len(drawn), 2, self.plan.size, self.plan.size, device=self.plan.device)
-        for which in {which for which, _, _ in drawn}:
-            mine, (renderer, carm, _) = [i for i, (other, _, _) in enumerate(drawn) if other == which], self.volumes[which]
-            poses = np.concatenate([self._triple(which, drawn[i][1])[[*drawn[i][2]]] for i in mine])
-            images[mine] = renderer(poses, carm, self.plan.oversample).unflatten(0, (-1, 2)).to(images)
-        return images
+# %% ../nbs/04_pairs.ipynb #f105f6cb
+@patch
+def volumes(self: OnTheFlyPairs,
+    step: int,  # of the run
+) -> list:      # (renderer, geometry, seed of the poses) of the volumes of this step
+    "Wait until the volumes of a step are in memory; begin with those that come next, let go of the others."
+    while line := [n for n in upcoming(self.plan.seed, len(self.jobs), step//self.refresh) if self.jobs[n].name not in self.refused]:
+        now, soon = sorted(line[:self.held]), line[:self.held + self.soon]
+        for n in self.made.keys() - soon: self.made.pop(n).cancel()
+        for n in soon:
+            if n not in self.made: self.made[n] = self.ahead.submit(self.jobs[n])
+        late = [n for n in now if not self.made[n].done()]
+        for n in self.progress(late, len(late)) if len(late) > 1 else late: self._wait(n)
+        if all([self._usable(n) for n in now]): return [self.made[n].result() for n in now]
+    raise RadRotatorError(f"none {self.wanted} ({len(self.refused)} were refused); add some or name other folds")
+
+# %% ../nbs/04_pairs.ipynb #b76b63d8
+@patch
+def _wait(self: OnTheFlyPairs, number):
+    "Wait for a volume, and count the seconds."
+    began = time.monotonic()
+    self.made[number].exception()
+    self.waited += time.monotonic() - began
+
+# %% ../nbs/04_pairs.ipynb #65a2f74f
+@patch
+def _usable(self: OnTheFlyPairs, number):
+    "Whether a job gave a volume; why not is kept."
+    job, result = self.jobs[number], self.made[number].result()
+    if result is None: result = killed(job)["sentence"]
+    elif not isinstance(result, RadRotatorError): return True
+    self.refused[job.name] = str(result)
+    return False
+
+# %% ../nbs/04_pairs.ipynb #f759bb4a
+@patch
+def _couples(self: OnTheFlyPairs, streams, step):
+    volumes, plan = self.volumes(step), self.plan
+    drawn = [draw_views(random, [(plan.drrs - 1)//2]*len(volumes)) for random in streams]
+    poses = np.stack([draw_triple(volumes[which][2], number, plan.one_axis)[[*views]] for which, number, views in drawn])
+    images = torch.empty(len(drawn), 2, plan.size, plan.size, device=plan.device)
+    of = np.array([which for which, _, _ in drawn])
+    for which in set(of.tolist()):
+        renderer, carm, _ = volumes[which]
+        images[torch.from_numpy(of == which)] = renderer(poses[of == which].reshape(-1, 3), carm, plan.oversample).unflatten(0, (-1, 2)).to(images)
+    return torch.from_numpy(poses.astype(np.float32)), images, {}

@@ -18,7 +18,7 @@ from .core import RadRotatorError
 from .drr import AXES, LIMIT, check_angles
 from .radiograph import Radiograph, read_radiograph, restore
 from .sample import SOLVERS, fixed_noise, guided, time_steps
-from .transforms import from_signed, kumaraswamy, match_histogram, to_signed
+from .transforms import from_signed, kumaraswamy, match_histogram, through_curve, to_signed
 from .unet import UNet, load_weights
 
 # %% ../nbs/11_rotate.ipynb #af88f97c
@@ -47,6 +47,11 @@ class RadRotator:
     def defaults(self) -> dict: # solver, steps, guidance, tone
         "Solver, its steps, guidance scale and tone that these weights were judged best with."
         return dict(solver="ddim", steps=1, guidance=1.0, tone=None) | self.about.get("sampling", {})
+
+    @property
+    def shared_curve(self) -> bool:
+        "Whether these weights were trained with one tone curve for both images of a pair (`TransformConfig`)."
+        return self.about.get("training", {}).get("transforms", {}).get("shared_curve", False)
 
     @classmethod
     def from_file(cls,
@@ -133,20 +138,33 @@ def as_radiograph(
 
 # %% ../nbs/11_rotate.ipynb #af30186e
 @patch
+def finish(self: RadRotator,
+    view: np.ndarray,        # (S, S) in [0, 1], as the network gave it
+    toned: np.ndarray,       # (n,) the radiograph's pixels as the network saw them
+    greys: np.ndarray,       # (n,) the same pixels as they were
+    frame,                   # from `Radiograph.square`
+    radiograph: Radiograph,  # as it was given
+) -> np.ndarray:             # (H, W) in [0, 1]
+    "Back to the radiograph's tones and frame."
+    if not self.shared_curve: return match_histogram(restore(view, frame), radiograph.pixels)
+    return restore(through_curve(*(torch.from_numpy(a)[None] for a in (view, toned, greys)))[0].numpy(), frame)
+
+# %% ../nbs/11_rotate.ipynb #4a403c8d
+@patch
 def views(self: RadRotator,
     radiograph,          # `Radiograph`, path, or (H, W) array in [0, 1], bone bright
     vectors,             # (N, 3) degrees within ±15
     batch: int = 16,     # views at a time, at most: bounds the memory
     **sampling,          # steps, guidance, solver, seed, watch, as for `turn`
-) -> Iterator[Radiograph]: # N views, in the input's frame and histogram
+) -> Iterator[Radiograph]: # N views, in the input's frame and tones
     "Any views of a radiograph, one after the other."
     vectors = np.stack([check_angles(*map(float, vector)) for vector in vectors])
     radiograph = as_radiograph(radiograph)
     picture, frame = radiograph.square(self.size)
-    inside, _ = Radiograph(np.ones(radiograph.shape, np.float32)).square(self.size)
-    picture = standard_tone(picture, inside > 0.5, self.defaults["tone"])
-    turned = turn_in_batches(self, picture, vectors, batch, **sampling)
-    return (Radiograph(match_histogram(restore(view, frame), radiograph.pixels), radiograph.spacing, f"rotated {radiograph.source}") for view in turned)
+    inside = Radiograph(np.ones(radiograph.shape, np.float32)).square(self.size)[0] > 0.5
+    toned = standard_tone(picture, inside, self.defaults["tone"])
+    turned = turn_in_batches(self, toned, vectors, batch, **sampling)
+    return (Radiograph(self.finish(view, toned[inside], picture[inside], frame, radiograph), radiograph.spacing, f"rotated {radiograph.source}") for view in turned)
 
 # %% ../nbs/11_rotate.ipynb #a20de3df
 @patch

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'untied', 'quantiles', 'match_ranks', 'sorted_uniform', 'kumaraswamy', 'tone_quantile', 'NoiseFamily',
-           'draw_tones', 'noise_values', 'rand_histogram_shift', 'zero_margins', 'random_rectangles', 'to_signed',
-           'from_signed', 'TransformConfig', 'training_transforms', 'match_histogram']
+           'draw_tones', 'noise_values', 'through_curve', 'rand_histogram_shift', 'zero_margins', 'random_rectangles',
+           'to_signed', 'from_signed', 'TransformConfig', 'training_transforms', 'match_histogram']
 
 # %% ../nbs/05_transforms.ipynb #e1b27dad
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba, numpy as np, torch
 from skimage.exposure import match_histograms
@@ -222,15 +222,32 @@ def noise_values(
     return tone_quantile(sorted_uniform(batch, pixels, generator), draw_tones(batch, generator, families))
 
 # %% ../nbs/05_transforms.ipynb #a02395e7
+def through_curve(
+    images: torch.Tensor,  # (B, …) to be put through a curve
+    greys: torch.Tensor,   # (B, …) grey values of another image
+    tones: torch.Tensor,   # same shape: what a monotone curve made of each of them
+) -> torch.Tensor:         # shape of the images: what the same curve makes of them
+    "Put images through a tone curve that is known by what it did to others."
+    values, greys, tones = (a.flatten(1).contiguous() for a in (images, greys, tones))
+    greys, order = greys.sort(dim=1)
+    right = torch.searchsorted(greys, values, right=True).clamp(1, greys.shape[1] - 1)
+    low, high = greys.gather(1, right - 1), greys.gather(1, right)
+    part = ((values - low)/(high - low)).nan_to_num(1).clamp(0, 1)   # 0/0 only where the brightest are equal, and so are their tones
+    return torch.lerp(*(tones.gather(1, order.gather(1, i)) for i in (right - 1, right)), part).view(images.shape)
+
+# %% ../nbs/05_transforms.ipynb #196c5314
 def rand_histogram_shift(
     input: torch.Tensor,         # (B, 1, H, W)
     target: torch.Tensor,        # (B, 1, H, W)
     generator: torch.Generator,  # random stream
     pixels: int = 32*32,         # of the noise image
-) -> tuple[torch.Tensor, torch.Tensor]: # both with the histogram of one noise image per pair, in [0, 1]
+    shared: bool = False,        # one tone curve for both, the input's; otherwise each is matched for itself, as in the paper
+) -> tuple[torch.Tensor, torch.Tensor]: # both in the tones of one noise image per pair, in [0, 1]
     "RandHistogramShift (paper, section 3.2, figure 5)."
     noise = noise_values(len(input), pixels, generator)
-    return match_ranks(torch.cat([input, target], 1), noise).split(1, dim=1)
+    if not shared: return match_ranks(torch.cat([input, target], 1), noise).split(1, dim=1)
+    toned = match_ranks(input, noise)
+    return toned, through_curve(target, input, toned)
 
 # %% ../nbs/05_transforms.ipynb #aff9ae6d
 def zero_margins(
@@ -283,6 +300,7 @@ def from_signed(
 class TransformConfig:
     "Which share of the training pairs each transform touches; the paper draws its shares at random and does not state them."
     histogram_shift: bool = True
+    shared_curve: bool = False  # one tone curve for both images of a pair, see `through_curve`; the paper matches each for itself
     margins: float = 0.25
     rectangles: float = 0.25
 
@@ -294,9 +312,9 @@ def training_transforms(
 ) -> Batch:                                      # in [-1, 1]
     "The paper's three transforms, then the network's range."
     x, y = batch.input, batch.target
-    if config.histogram_shift: x, y = rand_histogram_shift(x, y, generator)
+    if config.histogram_shift: x, y = rand_histogram_shift(x, y, generator, shared=config.shared_curve)
     x, y = zero_margins(x, y, generator, config.margins)
-    return Batch(to_signed(random_rectangles(x, generator, config.rectangles)), to_signed(y), batch.vector)
+    return replace(batch, input=to_signed(random_rectangles(x, generator, config.rectangles)), target=to_signed(y))
 
 # %% ../nbs/05_transforms.ipynb #0f55575a
 def match_histogram(

@@ -220,3 +220,41 @@ def test_every_head_learns_a_shift(name):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.6*sum(losses[:10])
+
+
+def gradients(network, given, drop, precision=torch.float32):
+    "Gradient of every parameter, and bytes of the activations that the forward pass kept for them"
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in network.parameters()}
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+    network.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", precision, enabled=precision != torch.float32): v, o = network(*given, drop)
+    (v.square().mean() + (0 if o is None else o.square().mean())).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters()}, sum(size for place, (_, size) in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("config, precision, factor", [(replace(UNetConfig.paper(), size=64, channels=32), torch.float32, 8), (UNetConfig.tiny(), torch.float32, 5), (UNetConfig.tiny(), torch.bfloat16, 5)],
+                         ids=["a quarter of the paper", "tiny", "tiny in bfloat16"])
+def test_checkpointing_keeps_less_and_changes_no_bit(config, precision, factor):
+    network, given = drawn(config).train(), inputs(config, torch.tensor([0, 999]))
+    drop = torch.tensor([True, False])
+    plain, much = gradients(network, given, drop, precision)
+    network.checkpointing = True
+    again, little = gradients(network, given, drop, precision)
+    assert much > factor*little
+    assert all(plain[name].any() and torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name, checkpointing", [("velocity", False), ("warp", False), ("planes", True)])
+def test_compiled_as_one_graph_it_says_the_same(name, checkpointing):  # by PyTorch's tracer alone: compiling for the CPU takes a minute
+    network, given = drawn(head(name)).train(), inputs(head(name), torch.tensor([0, 500, 999]))
+    drop, network.checkpointing = torch.tensor([True, False, False]), checkpointing
+    answers = []
+    for function in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
+        network.zero_grad()
+        outputs = function(*given, drop)
+        sum(output.square().mean() for output in outputs).backward()
+        answers.append([*outputs, *(p.grad for p in network.parameters())])
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True)) and all(a.any() for a in answers[0])

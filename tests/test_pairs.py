@@ -1,15 +1,16 @@
-"""DRR sets under rough treatment: killed anywhere, two jobs at once, a full disk, files changed behind our back, a thousand sets."""
-import json, os, random, resource, signal, subprocess, sys, time
+"""DRR sets and pairs under rough treatment: killed anywhere, two jobs at once, a full disk, files changed behind our back, a thousand sets, volumes that come and go for days."""
+import gc, json, os, pickle, random, resource, shutil, signal, subprocess, sys, threading, time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from radrotator.core import RadRotatorError, sha256, shared_data
 from radrotator.ct import CT, write_ct
-from radrotator.drr import CArm
-from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest
+from radrotator.drr import CArm, Renderer
+from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest, write_set
 
 ROOT = Path(__file__).parents[1]
 PLAN = SetPlan(drrs=41, size=32, fov=(200, 220))
@@ -188,26 +189,34 @@ def test_a_patient_keeps_one_fold(tmp_path, cts):
 POSES = draw_poses(0).tolist()
 
 
-def empty_set(folder, drrs=511, size=256, fold=1):
-    "A set that takes up no room: its images are a hole in the file"
-    folder.mkdir()
-    with open(folder/"drr.npy", "wb") as file:
+def empty_images(path, drrs=511, size=256):
+    "DRRs that take up hardly any room: of each but one pixel is on the disk, the rest is a hole in the file"
+    with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=(drrs, size, size)))
-        file.truncate(file.tell() + drrs*size*size*2)
+        begin = file.tell()
+        for row in range(drrs): file.seek(begin + 2*row*size*size); file.write(np.float16(1).tobytes())
+        file.truncate(begin + 2*drrs*size*size)
+
+
+def empty_set(folder, images, size=256, fold=1):
+    "A set whose images are another name of a file"
+    folder.mkdir()
+    os.link(images, folder/"drr.npy")
     write_manifest(folder, SetPlan().recipe(Job(folder.name, folder.name, fold, __file__)) | dict(
         patient=folder.name, fold=fold, carm=asdict(CArm(size=size)), poses=POSES, bytes=(folder/"drr.npy").stat().st_size, sha256="0"*64))
 
 
 def test_a_thousand_sets_open_in_a_second_and_hold_no_file_open(tmp_path):
-    for i in range(1000): empty_set(tmp_path/f"{i:04d}", fold=FOLDS[i % 7])
+    empty_images(tmp_path/"images")
+    for i in range(1000): empty_set(tmp_path/f"{i:04d}", tmp_path/"images", fold=FOLDS[i % 7])
     took = []  # of processor time: others may be using this machine
     for _ in range(3):
         began = time.process_time()
-        data = PairDataset(sets_in(tmp_path), FOLDS)
+        data = PairDataset(tmp_path, FOLDS)
         took.append(time.process_time() - began)
     assert len(data.sets) == 1000 and min(took) < 1, took
     handles = len(os.listdir("/proc/self/fd"))
-    for step in range(3): data.batch(0, step, 32)
+    for step in range(3): assert not data.batch(0, step, 32).quarantined
     assert len(os.listdir("/proc/self/fd")) == handles
     assert "drr.npy" not in Path("/proc/self/maps").read_text()
 
@@ -223,4 +232,140 @@ def test_real_cts_give_the_same_pairs_from_sets_and_on_the_fly(tmp_path):
     assert made and {row["reason"] for row in rows} <= {"", "TOO_SHORT"}
     stored, live = PairDataset(made, FOLDS), OnTheFlyPairs(ct_jobs(found, tmp_path), plan, FOLDS)
     assert len(live.refused) + len(made) == len(rows)
-    for a, b in zip(*(vars(pairs.batch(3, 1, 12)).values() for pairs in (stored, live))): np.testing.assert_allclose(a, b, atol=2e-3)
+    for a, b in zip(*(tensors(pairs.batch(3, 1, 12)) for pairs in (stored, live))): np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def tensors(batch): return batch.input, batch.target, batch.vector
+
+
+def same(a, b): return all(map(torch.equal, tensors(a), tensors(b)))
+
+
+def volume(i, side=20):
+    "A CT of noise"
+    return CT(np.random.default_rng(i).normal(0, 300, (side, side, 30)).astype(np.float32), np.diag([200/side, 200/side, 12, 1]), name=f"v{i:02d}")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    "A folder of eight sets"
+    folder = tmp_path_factory.mktemp("eight")
+    for i in range(8): write_set(volume(i), folder/f"v{i:02d}", draw_poses(i, 21), CArm(size=32, fov=150), fold=1)
+    return folder
+
+
+def spoil(row, value):
+    def do(folder):
+        images = np.load(folder/"drr.npy", mmap_mode="r+"); images[row] = value; images.flush()
+    return do
+
+
+DAMAGE = dict(cut=lambda folder: os.truncate(folder/"drr.npy", 9_000), longer=lambda folder: os.truncate(folder/"drr.npy", 90_000), gone=lambda folder: (folder/"drr.npy").unlink(),
+              folder=lambda folder: ((folder/"drr.npy").unlink(), (folder/"drr.npy").mkdir()), nan=spoil(0, np.nan), infinite=spoil(0, np.inf), black=spoil(slice(None), 3))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_set_damaged_while_it_is_drawn_from_changes_nothing_else(damage, eight, tmp_path):
+    sets = shutil.copytree(eight, tmp_path/"sets")
+    data = PairDataset(sets)
+    before = [data.batch(1, step, 16) for step in range(4)]
+    DAMAGE[damage](sets/"v03")
+    after = [data.batch(1, step, 16) for step in range(4)]
+    for feed in (PairDataset(sets), PairDataset(sets_in(sets)[::-1]), pickle.loads(pickle.dumps(data))):        # others who know of it before their first batch, or do not
+        for step, batch in reversed([*enumerate(after)]):
+            parts = [feed.batch(1, step, size, start) for size, start in ((7, 0), (9, 7))]
+            assert all(torch.equal(whole, torch.cat(halves)) for whole, halves in zip(tensors(batch), zip(*map(tensors, parts))))
+            assert dict(batch.quarantined) == dict(parts[0].quarantined) | dict(parts[1].quarantined)
+    assert {name for batch in after for name, _ in batch.quarantined} == {"v03"} and all(batch.input.isfinite().all() for batch in after)
+    changed = [torch.equal(a.input[i], b.input[i]) for a, b in zip(before, after) for i in range(16)].count(False)
+    assert 2 <= changed <= 20                                                                                  # of 64 pairs, about an eighth
+    assert list(PairDataset(sets).quarantined) == (["v03"] if damage in ("cut", "longer", "gone", "folder") else [])     # what a look at the file shows
+
+
+def test_a_set_without_a_manifest_has_no_fold_and_is_named(eight, tmp_path):
+    sets = shutil.copytree(eight, tmp_path/"sets")
+    (sets/"v03"/"manifest.json").write_text("{")
+    data = PairDataset(sets)
+    assert list(data.quarantined) == ["v03"] and len(data.sets) == 7
+    shutil.rmtree(sets/"v03")
+    assert same(PairDataset(sets).batch(0, 0, 32), data.batch(0, 0, 32))
+    for path in sets.glob("*/manifest.json"): path.write_text("{}")
+    with pytest.raises(RadRotatorError, match=r"no undamaged DRR set is left of folds 1, 2, 3, 4, 5 \(7 damaged\); the first: .*v00 is not a whole DRR set"): PairDataset(sets)
+
+
+def test_a_file_cut_short_during_a_read_is_an_error_and_not_the_end(eight, tmp_path):
+    sets = shutil.copytree(eight/"v00", tmp_path/"v00")
+    whole, drrs, done, refused = (sets/"drr.npy").read_bytes(), read_set(sets), threading.Event(), 0
+    def cut_and_mend():
+        with open(sets/"drr.npy", "r+b") as file:
+            while not done.is_set(): file.truncate(5_000); file.seek(0); file.write(whole); file.flush()
+    thread = threading.Thread(target=cut_and_mend); thread.start()
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        try: drrs.look([0, 20, 19])
+        except RadRotatorError: refused += 1
+    done.set(); thread.join()
+    assert refused
+
+
+def test_processes_of_the_background_give_what_a_thread_gives_killed_or_not(cts):
+    jobs = [Job(path.name, path.name, 1, path) for path in sorted(cts.iterdir())]
+    thread, two = (OnTheFlyPairs(jobs, PLAN, held=2, refresh=1, workers=workers) for workers in (0, 2))
+    expected = [thread.batch(0, step, 6) for step in range(16)]
+    for step in range(8): assert same(two.batch(0, step, 6), expected[step])
+    before = [process for process, _ in two.ahead.processes.values()]
+    before[0].kill()
+    for step in (*range(8, 16), 3): assert same(two.batch(0, step, 6), expected[step])
+    assert list(two.refused) == list(thread.refused) == ["slab.nii.gz"] and len(before) == 2
+    two.close(); thread.close()
+    for process in {*before, *(process for process, _ in two.ahead.processes.values())}: process.join(20); assert not process.is_alive()
+
+
+FATAL = """
+import multiprocessing, os, sys, time
+sys.path.insert(0, os.getcwd())
+from dataclasses import dataclass
+import numpy as np
+from radrotator.core import RadRotatorError
+from radrotator.ct import CT
+from radrotator.pairs import Job, OnTheFlyPairs, SetPlan
+@dataclass(frozen=True, kw_only=True)
+class Plan(SetPlan):
+    def ct(self, job):
+        if job.name == "deadly":
+            if multiprocessing.parent_process(): os._exit(9)
+            raise RadRotatorError("not in a thread")
+        if job.name == "slow": time.sleep(120)
+        return CT(np.random.default_rng(len(job.name)).normal(0, 300, (10, 10, 30)).astype(np.float32), np.diag([20.0, 20, 12, 1]))
+if __name__ == "__main__":
+    plan, job = Plan(drrs=9, size=16, fov=(150, 150)), lambda name: Job(name, name, 1)
+    thread, one = (OnTheFlyPairs([job("one"), job("three"), job("deadly")], plan, held=1, refresh=1, workers=workers) for workers in (0, 1))
+    for step in range(4): print((thread.batch(0, step, 4).target == one.batch(0, step, 4).target).all().item())
+    print(thread.refused, one.refused)
+    for feed in (one, thread): feed.ahead.submit(job("slow"))
+    time.sleep(1)
+    print("done", flush=True)
+"""
+
+
+def test_a_job_that_kills_is_refused_and_nothing_outlives_the_program(tmp_path):
+    (tmp_path/"script.py").write_text(FATAL)
+    run = subprocess.run([sys.executable, tmp_path/"script.py"], capture_output=True, text=True, cwd=ROOT, timeout=100, env=os.environ | dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1"))
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert run.stdout.startswith("True\n"*4 + "{'deadly': 'not in a thread'} {'deadly': 'deadly: its process was killed") and run.stdout.endswith("done\n")  # well before the 120 seconds of what is under way
+
+
+def test_memory_stays_flat_over_hundreds_of_refreshes():
+    plan, side = SetPlan(drrs=9, size=16, fov=(150, 150)), 64
+    source = volume(0, side)                                                                                   # 0.5 MB; a volume made ready has two copies
+    jobs = [Job(f"v{i:02d}", "somebody", 1, source) for i in range(9)]
+    pairs = OnTheFlyPairs(jobs, plan, held=3, refresh=1)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")/1e6
+    def walk(steps):
+        for step in steps: pairs.batch(0, step, 4)
+        gc.collect()
+        return resident(), sum(type(thing) is Renderer for thing in gc.get_objects())
+    begin, _ = walk(range(30))
+    end, alive = walk(range(30, 230))
+    assert end - begin < 40, (begin, end)                                                                      # MB; 200 volumes kept would be 200
+    assert alive <= 3 + 2                                                                                      # held, one ready, one under way

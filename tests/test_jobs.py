@@ -1,0 +1,130 @@
+"""The job scripts of the documentation: they are shell and YAML, and every option in them is one that the programs have."""
+import json, re, shlex, subprocess
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from torch.distributed.run import get_args_parser
+
+from radrotator.cli import Asked, UsageError, app, recipe_of, settings_of, shard_of
+from radrotator.core import RadRotatorError
+from radrotator.train import share_of
+
+PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
+SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode", "output", "array"}  # of its manual
+COMMAND = re.compile(r"^(?:srun (?:--\S+ )*)?((?:torchrun|radrotator) .*?)(?: &)?$")
+
+
+def blocks(language):
+    "The code blocks of the page in this language"
+    cells = [cell for cell in json.loads(PAGE.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
+    return [block for cell in cells for block in re.findall(rf"^```{language}\n(.*?)^```", "".join(cell["source"]), re.DOTALL | re.MULTILINE)]
+
+
+def words(line):
+    "A line of shell as its program sees it, every variable a 1"
+    return shlex.split(re.sub(r"\$\w+", "1", line), comments=True)
+
+
+def in_shell(script):
+    "The commands of a script that are torchrun's or ours"
+    lines = (line.split(" #")[0].strip() for line in script.replace("\\\n", " ").splitlines())
+    return [words(found[1]) for line in lines if (found := COMMAND.match(re.sub(r" +", " ", line)))]
+
+
+def manifests():
+    "Every document of every YAML block"
+    return [document for block in blocks("yaml") for document in yaml.safe_load_all(block)]
+
+
+def container(job): return job["spec"]["template"]["spec"]["containers"][0]
+
+
+def in_container(job):
+    "What a container runs"
+    command = container(job)["command"] + container(job).get("args", [])
+    return words(command[2].removeprefix("exec ")) if command[:2] == ["bash", "-c"] else command
+
+
+def jobs(): return [document for document in manifests() if document["kind"] == "Job"]
+
+
+def commands(): return [command for script in blocks("bash") for command in in_shell(script)] + [in_container(job) for job in jobs()]
+
+
+def parsed(command):
+    "Options of a command line of ours, and how many processes it is for"
+    processes = 1
+    if command[0] == "torchrun":
+        options = get_args_parser().parse_args(command[1:])
+        assert (options.module, options.training_script) == (True, "radrotator.cli")
+        processes, command = int(options.nnodes.split(":")[-1])*int(options.nproc_per_node), ["radrotator", *options.training_script_args]
+    group = typer.main.get_command(app)
+    with group.make_context("radrotator", command[1:]) as context: name, command, rest = group.resolve_command(context, command[1:])
+    return name, command.make_context(name, rest).params, processes
+
+
+def check(command):
+    "Refuse a command line that would be refused when it runs"
+    name, given, processes = parsed(command)
+    if name == "pairs": shard_of(given["shard"])
+    if name == "train":
+        config, _ = recipe_of(Asked(preset=given["preset"], steps=given["steps"], set=settings_of(given["settings"])))
+        share_of(config.batch, 0, processes)
+
+
+def test_the_page_has_jobs():
+    assert len(commands()) >= 9 and len(jobs()) == 2 and sum("#SBATCH" in script for script in blocks("bash")) == 3
+    assert sum(command[0] == "torchrun" for command in commands()) >= 6
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_option_is_known(command):
+    check(command)
+
+
+@pytest.mark.parametrize("line", ["radrotator train --dta sets -o run", "radrotator trian --data sets -o run", "radrotator train --data sets", "radrotator train --data sets -o run --set unet.haed=warp",
+                                  "radrotator train --data sets -o run --preset huge", "radrotator pairs cts -o sets --shard 51/50", "torchrun --nnodes=8 --nproc-per-node=8 -m radrotator.cli train --data sets -o run --preset paper"])
+def test_a_wrong_one_is_found(line):
+    with pytest.raises((UsageError, RadRotatorError)): check(words(line))
+
+
+def test_a_wrong_option_of_torchrun_is_found(capsys):
+    with pytest.raises(SystemExit): check(words("torchrun --stand-alone --nproc-per-node=8 -m radrotator.cli train --data sets -o run"))
+
+
+@pytest.mark.parametrize("script", blocks("bash"), ids=lambda script: script.splitlines()[-1][:40])
+def test_scripts_are_shell(script):
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", script, re.MULTILINE))
+    assert len(options) == script.count("#SBATCH ") and options.keys() <= SBATCH
+    assert script.startswith("#!/bin/bash\n") == bool(options), "sbatch wants a shell; was its # lost on the way through a percent script?"
+    if "array" in options: assert options["array"].split("-")[1] == re.search(r'SLURM_ARRAY_TASK_ID/(\d+)"', script)[1]
+    if "signal" not in options: return
+    assert options["nodes"] == (re.search(r"--nnodes=(\d+)", script) or (0, "1"))[1] and options["gpus-per-node"] == re.search(r"--nproc-per-node=(\d+)", script)[1]
+    assert int(re.search(r"SHUTDOWN_TIMEOUT=(\d+)", script)[1]) < int(options["signal"].split("@")[1]) - 60  # a minute for the rest of the script
+    assert "requeue" in options and "--resume" in script and script.index("trap ") < script.index("srun ") < script.rindex("wait ")
+
+
+@pytest.mark.parametrize("job", jobs(), ids=lambda job: job["spec"].get("completionMode", "NonIndexed"))
+def test_manifests_are_whole(job):
+    pod, one = job["spec"]["template"]["spec"], container(job)
+    options = get_args_parser().parse_args(in_container(job)[1:])
+    assert one["image"] and one["resources"]["limits"]["nvidia.com/gpu"] == int(options.nproc_per_node)
+    assert pod["restartPolicy"] == "OnFailure" and "--resume" in options.training_script_args
+    environment = {entry["name"]: entry["value"] for entry in one["env"]}
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    mounts, volumes = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}, {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory" and set(mounts.values()) == volumes.keys()
+    claims = {document["metadata"]["name"] for document in manifests() if document["kind"] == "PersistentVolumeClaim"}
+    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume} <= claims
+
+
+def test_pods_find_each_other():
+    job = next(job for job in jobs() if job["spec"].get("completionMode") == "Indexed")
+    service, = (document for document in manifests() if document["kind"] == "Service")
+    name, pod, options = job["metadata"]["name"], job["spec"]["template"]["spec"], get_args_parser().parse_args(in_container(job)[1:])
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
+    assert options.master_addr == f"{name}-0.{pod['subdomain']}" and pod["subdomain"] == service["metadata"]["name"]
+    assert int(options.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"] and "$JOB_COMPLETION_INDEX" in container(job)["args"][0]
