@@ -13,7 +13,7 @@ __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 
            'check_demo', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
-import errno, json, math, os, platform, re, shlex, subprocess, sys, time
+import errno, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 import radrotator
-from .core import RadRotatorError, check_output, folder_beside, sha256, write_beside
+from .core import RadRotatorError, RadRotatorWarning, check_output, folder_beside, sha256, write_beside
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -39,7 +39,7 @@ def start(
 
 # %% ../nbs/14_cli.ipynb #c1d60d63
 UsageError = typer.BadParameter.__base__  # some versions of Typer bring their own Click along
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG}
 
 # %% ../nbs/14_cli.ipynb #e8ff2ce6
 def one_line(
@@ -58,11 +58,15 @@ def main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> int:                                # exit status: 0, or 2 where the user has to put something right
     "Run the `radrotator` command."
-    try: return app(arguments, prog_name="radrotator", standalone_mode=False) or 0
-    except (RadRotatorError, UsageError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in UNWRITABLE: raise
-        print(f"radrotator: {one_line(error)}", file=sys.stderr)
-        return 2
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.simplefilter("always", RadRotatorWarning)
+        warnings.showwarning = lambda message, kind, *where: print(f"radrotator: {message}", file=sys.stderr) if issubclass(kind, RadRotatorWarning) else show(message, kind, *where)
+        try: return app(arguments, prog_name="radrotator", standalone_mode=False) or 0
+        except (RadRotatorError, UsageError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in UNWRITABLE: raise
+            print(f"radrotator: {one_line(error)}", file=sys.stderr)
+            return 2
 
 # %% ../nbs/14_cli.ipynb #89fd324d
 def finite(
@@ -446,7 +450,7 @@ def train_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder of the run", show_default=False)],  # folder of the run
     data: Annotated[Path | None, typer.Option("--data", help="train on DRR sets that radrotator pairs rendered", show_default=False)] = None,  # folder of sets
     cts: Annotated[Path | None, typer.Option("--cts", help="train on CTs that radrotator ingest wrote, rendered while training", show_default=False)] = None,  # folder of CTs
-    phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=10_000_000, help="train on so many synthetic patients, made and rendered while training", show_default=False)] = None,  # patients
+    phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=100_000, help="train on so many synthetic patients, made and rendered while training", show_default=False)] = None,  # patients
     preset: Annotated[str | None, typer.Option(help="tiny (64², an hour on a CPU), small (128², hours on a GPU) or paper (256², days on GPUs)  [default: tiny]", show_default=False)] = None,  # of network and training
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUT, or begin where there is none")] = False,  # go on
     steps: Annotated[int | None, typer.Option(min=1, help="of training, in all  [default: the preset's]", show_default=False)] = None,  # of training
@@ -459,6 +463,7 @@ def train_command(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute activations twice instead of keeping them: a third slower, a fraction of the memory")] = False,  # of activations
     compile: Annotated[bool, typer.Option("--compile", help="compile the network: minutes at the start, faster after")] = False,  # the network
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write events to OUT/events, too")] = False,  # events
+    exact: Annotated[bool, typer.Option("--exact/--no-exact", help="on a GPU, let a run that was stopped end with the same bits, where its algorithms allow")] = True,  # the same bits
     workers: Annotated[int | None, typer.Option(min=0, max=1024, help="processes that read or make data ahead  [default: 4 beside a GPU, else 1]", show_default=False)] = None,  # processes
     device: Device = "auto",  # where to train
 ):
@@ -467,14 +472,15 @@ def train_command(
     asked = completed(out, Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init)), resume)
     check_bones(asked.bones)
     from radrotator.rotate import pick_device
-    from radrotator.train import Machine, Trainer, join
+    from radrotator.train import Machine, Trainer, initial, join
     config, of_data = recipe_of(asked)
+    if asked.init: initial(asked.init, config)                  # before minutes of work
     device = pick_device(device)
     accelerator, workers = join(device), workers if workers is not None else 1 if device == "cpu" else 4
     train_on, validate_on, named = feeds_of(asked, config, of_data, workers, str(accelerator.device))
     about = provenance(context, named, str(accelerator.device), accelerator.num_processes)
-    trainer = Trainer(out, config, train_on, validate_on, Machine(together, workers, compile, checkpointing, tensorboard), accelerator, about)
-    if not trainer.resume() and asked.init: trainer.about |= dict(init=trainer.start_from(asked.init))
+    trainer = Trainer(out, config, train_on, validate_on, Machine(together, workers, compile, checkpointing, tensorboard, exact), accelerator, about)
+    if not trainer.resume() and asked.init: trainer.start_from(asked.init)
     run(trainer, asked, math.inf if minutes is None else minutes)
 
 # %% ../nbs/14_cli.ipynb #729d2712

@@ -12,7 +12,7 @@ __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT',
            'upcoming', 'Ahead', 'OnTheFlyPairs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
-import atexit, csv, hashlib, json, multiprocessing, re, signal, threading, time, weakref
+import atexit, csv, hashlib, json, multiprocessing, os, re, threading, time, weakref
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
@@ -680,7 +680,7 @@ def upcoming(
 # %% ../nbs/04_pairs.ipynb #e1cba0df
 def _answer(connection, work):
     "The life of a process of the background: results, or refusals, for arguments."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent; this process ends with it
+    os.setpgrp()        # Ctrl-C, or SIGTERM to a whole group of processes, is for the parent; this process ends with it
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):     # nobody asks any more
         while True:

@@ -6,12 +6,12 @@
 __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'FREE', 'LOOK', 'COLUMNS', 'TrainConfig', 'check_config', 'parsed',
            'with_settings', 'learning_rate', 'make_optimizer', 'EMA', 'Question', 'draw_steps', 'question', 'questions',
            'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'write_checkpoint', 'read_checkpoint',
-           'checkpoints', 'newest', 'tidy', 'Machine', 'join', 'share_of', 'Trainer', 'check_same', 'read_log', 'Log',
-           'Comparison', 'view_sheet', 'StopAsked', 'from_sets', 'from_jobs', 'page', 'image_tag', 'table_tag',
-           'curves', 'report']
+           'checkpoints', 'newest', 'tidy', 'Machine', 'join', 'add_in_order', 'share_of', 'Trainer', 'check_same',
+           'initial', 'read_log', 'Log', 'Comparison', 'view_sheet', 'StopAsked', 'from_sets', 'from_jobs', 'page',
+           'image_tag', 'table_tag', 'curves', 'report']
 
 # %% ../nbs/09_train.ipynb #355d9bfb
-import base64, csv, html, io, json, math, shutil, signal, threading, time, typing, warnings
+import base64, csv, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__
-from .core import RadRotatorError, alone, folder_beside, rng, sha256, write_beside
+from .core import RadRotatorError, RadRotatorWarning, alone, folder_beside, rng, sha256, write_beside
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from .drr import AXES
 from .pairs import VALIDATE, Batch, OnTheFlyPairs, PairDataset, Pairs, read_manifest, sets_in
@@ -88,8 +88,8 @@ OPTIMIZERS = {"lion": lambda groups, rate: Lion(groups, lr=rate),
               "adamw": lambda groups, rate: torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), foreach=True)}
 
 # %% ../nbs/09_train.ipynb #2e6c4cb0
-PRESETS = {"tiny": TrainConfig(UNetConfig.tiny(), batch=32, steps=4_000, rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.6, every=250, validation=128, patience=0),
-           "small": TrainConfig(UNetConfig.small(), batch=64, steps=100_000, rate=3e-4, warmup=500, decay=True, weighting="balanced", terminal=0.6, patience=0),
+PRESETS = {"tiny": TrainConfig(UNetConfig.tiny(), TransformConfig(shared_curve=True), batch=32, steps=2_600, rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.6, every=250, validation=128, patience=0),
+           "small": TrainConfig(UNetConfig.small(), TransformConfig(shared_curve=True), batch=64, steps=100_000, rate=3e-4, warmup=500, decay=True, weighting="balanced", terminal=0.6, patience=0),
            "paper": TrainConfig()}
 
 # %% ../nbs/09_train.ipynb #fa3dbb83
@@ -271,6 +271,11 @@ class _Shares(Dataset):
         return batch.input, batch.target, batch.vector, batch.quarantined
 
 # %% ../nbs/09_train.ipynb #f728d5d3
+def _apart(_):
+    "In a reader: Ctrl-C, or SIGTERM to a whole group of processes (torchrun sends it so), is for the process that trains; readers end with it."
+    os.setpgrp()
+
+# %% ../nbs/09_train.ipynb #a2634718
 def feed(
     data: Pairs,         # to draw from
     seed: int,           # of the run
@@ -280,7 +285,7 @@ def feed(
     pinned: bool = False,# in memory from which a GPU reads faster
 ):                       # yields `Batch`
     "Batches in the order of the steps."
-    loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None)
+    loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None, worker_init_fn=_apart)
     try:
         for item in loader:
             if isinstance(item, RadRotatorError): raise item
@@ -332,7 +337,7 @@ def newest(
     for path in reversed(found):
         try: return read_checkpoint(path)
         except RadRotatorError as error:
-            warnings.warn(f"{error}; it is set aside, and the run goes on from the one before")
+            warnings.warn(f"{error}; it is set aside, and the run goes on from the one before", RadRotatorWarning)
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True); path.rename(aside)
     if found: raise RadRotatorError(f"none of the {len(found)} checkpoints in {folder} can be read; begin again in a new folder, with --init {folder/'weights.safetensors'} if that is there")
@@ -357,6 +362,7 @@ class Machine:
     compile: bool = False        # compile the network: minutes at the start, faster after
     checkpointing: bool = False  # compute activations twice instead of keeping them
     tensorboard: bool = False    # write events beside the log
+    exact: bool = True           # on a GPU: only algorithms that add in the same order each time, where there are such
 
 # %% ../nbs/09_train.ipynb #5939a3ce
 def join(
@@ -366,6 +372,14 @@ def join(
     from accelerate import Accelerator
     if device.startswith("cuda:"): torch.cuda.set_device(device)
     return Accelerator(cpu=device == "cpu")
+
+# %% ../nbs/09_train.ipynb #5d0420da
+def add_in_order():
+    "Let a GPU choose algorithms that give the same bits each time."
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # a precaution that costs time
+    torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/09_train.ipynb #730d731c
 def share_of(
@@ -392,6 +406,7 @@ class Trainer:
         self.folder, self.config, self.data, self.machine, self.about = Path(folder), config, data, machine, about or {}
         self.accelerator = accelerator or join()
         self.device = self.accelerator.device
+        if machine.exact and self.device.type == "cuda": add_in_order()
         self.share = share_of(config.batch, self.accelerator.process_index, self.accelerator.num_processes)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -531,15 +546,24 @@ def resume(self: Trainer) -> bool: # whether there was a checkpoint
     return True
 
 # %% ../nbs/09_train.ipynb #a0ee333d
+def initial(
+    path: str | Path,     # .safetensors
+    config: TrainConfig,  # of the run
+) -> tuple[UNet, dict]:   # the network, and what those weights say of themselves
+    "Read weights to begin with, or refuse them."
+    network, about = load_weights(path)
+    if network.config != config.unet: raise RadRotatorError(f"{path} holds another network than the one to be trained; choose the preset that it was trained with")
+    return network, about
+
+# %% ../nbs/09_train.ipynb #482d8e9a
 @patch
 def start_from(self: Trainer,
     path: str | Path,  # .safetensors with the same network
-) -> dict:             # what those weights say of themselves
+):
     "Begin with trained weights instead of random ones: to go on with another recipe, or with patients of one's own."
-    network, about = load_weights(path)
-    if network.config != self.config.unet: raise RadRotatorError(f"{path} holds another network than the one to be trained; choose the preset that it was trained with")
+    network, about = initial(path, self.config)
     for mine in (self.network, self.ema.network): mine.load_state_dict(network.state_dict())
-    return about
+    self.about |= dict(init=about)
 
 # %% ../nbs/09_train.ipynb #35ecc0b0
 LOOK = 10  # steps between rows of the log
@@ -614,7 +638,7 @@ def picture(self: Trainer,
     views: int = 4,  # rows
 ):
     "Draw some answers of the averaged network."
-    asked = self.exam[0]
+    asked = Question(*(tensor[::2] for tensor in vars(self.exam[0]).values()))  # every other: two in a row are one couple, there and back
     grey = lambda images: from_signed(images)[:, 0].float().cpu().numpy()
     columns = asked.vector.tolist(), grey(asked.input), grey(one_step(self.ema.network, asked, self.config)), grey(asked.target)
     sheet = view_sheet([Comparison(f"fold 6, pair {i + 1}", tuple(vector), *images) for i, (vector, *images) in enumerate(zip(*columns)) if i < views])
@@ -696,9 +720,10 @@ def batches(self: Trainer):
 # %% ../nbs/09_train.ipynb #eb975419
 @patch
 def set_aside(self: Trainer, batch: Batch):
-    "Count sets that were found damaged, and say it once."
-    for name, sentence in batch.quarantined:
-        if name not in self.quarantined: warnings.warn(f"{sentence}; training goes on without it")
+    "Count sets that are damaged and CTs that are refused, and say it once."
+    known = getattr(self.data, "quarantined", {}) | getattr(self.data, "refused", {})   # found when it was opened, or in the background
+    for name, sentence in (*known.items(), *batch.quarantined):
+        if name not in self.quarantined: warnings.warn(f"{sentence}; training goes on without it", RadRotatorWarning)
         self.quarantined[name] = sentence
 
 # %% ../nbs/09_train.ipynb #5f7e8bc5

@@ -129,8 +129,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
     def forward(self, x, _=None):
-        sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (c, c, 4, 4)
-        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        weight = self.conv.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)   # laid out while there are nine taps, not sixteen
+        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1).flip(2, 3)         # (c, c, 4, 4)
+        return F.conv_transpose2d(x, sums, self.conv.bias, stride=2, padding=1)
 
 # %% ../nbs/07_unet.ipynb #1550f929
 class Stage(nn.ModuleList):

@@ -157,13 +157,24 @@ def test_outputs(command, out, here, capfd):
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
-    ("train --preset huge -o run", "choose paper or tiny"),
+    ("train --preset huge -o run", "choose tiny or small or paper"),
+    ("train -o run", "one source of pairs, and none was given"),
+    ("train --data . --cts . -o run", "--data and --cts was given"),
+    ("train --data nowhere -o run", "nowhere"),
+    ("train --data other -o run", "other"),
+    ("train --cts other -o run", "other"),
+    ("train --phantoms 1 --set rate -o run", "no setting"),
+    ("train --phantoms 1 --set rate=x -o run", "cannot be 'x'"),
+    ("train --phantoms 1 --set data.magic=1 -o run", "no setting 'magic'"),
+    ("train --phantoms 1 --set batch=20 -o run", "multiple of 8"),
+    ("train --data . --bones hip.png -o run", "hip.png"),
+    ("report other", "not the folder of a run"),
     ("train -o other", "not the folder of a run"),
     ("train -o hip.png", "not the folder of a run"),
     ("train -o nowhere/run", "does not exist"),
     ("train -o run --bones hip.png", "hip.png"),
     ("train -o run --init gone.safetensors", "gone.safetensors"),
-    ("train -o run --init untrained.safetensors", "another network than preset tiny"),
+    ("train -o run --init untrained.safetensors", "another network than the one to be trained"),
     ("train -o run --minutes nan", "--minutes"),
     ("train -o run --phantoms 0", "--phantoms"),
     ("demo -o other --weights untrained.safetensors", "no demo wrote"),
@@ -260,27 +271,25 @@ def test_drr_of_one_ct_has_one_scale(here, capfd):
     assert len({tuple(pydicom.dcmread(f"scale{z}.dcm").PixelSpacing) for z in (0, 15)}) == 1
 
 
-@pytest.fixture
-def small(monkeypatch):
-    "The tiny preset, smaller still, so that a step takes no time"
-    import radrotator.train as train
-    tiny = train.PRESETS["tiny"]
-    monkeypatch.setitem(train.PRESETS, "tiny", replace(tiny, unet=replace(tiny.unet, size=32), batch=2))
+SMALL = "--set unet.size=32 --set unet.channels=8 --set batch=8 --set validation=8 --set data.oversample=1 --workers 0 --device cpu".split()
 
 
-def test_train_and_train_on(small, here, capfd):
-    words = "train", "--phantoms", 1, "--steps", 2, "-o", here/"run", "--workers", 1, "--device", "cpu", "--seed", 3
-    line = accept(capfd, *words, "--minutes", 0)
-    assert "1 of 2 steps" in line
-    assert "2 of 2 steps" in accept(capfd, *words, "--minutes", 5)
-    assert "2 of 2 steps" in accept(capfd, *words)  # what is done stays done
+def test_train_and_train_on(here, capfd):
+    words = "train", "--phantoms", 1, "--steps", 2, "-o", here/"run", "--seed", 3, *SMALL
+    assert "1 of 2 steps" in accept(capfd, *words, "--minutes", 0)
+    said(refuse(here, capfd, *words), "add --resume")
+    assert "2 of 2 steps" in accept(capfd, *words, "--minutes", 5, "--resume")
+    assert "2 of 2 steps" in accept(capfd, "train", "-o", here/"run", "--resume", "--device", "cpu")  # what was said need not be said again, and what is done stays done
     _, about = load_weights("run/weights.safetensors")
-    assert about["steps"] == 2 and about["training"]["seed"] == about["data"]["seed"] == 3 and about["device"] == "cpu" and about["torch"] == torch.__version__
-    assert about["command"].startswith("radrotator train --out run --preset tiny --phantoms 1 ")
+    assert about["training"]["seed"] == about["data"]["seed"] == 3 and about["training"]["unet"]["channels"] == 8 and about["data"]["size"] == 32
+    assert about["device"] == "cpu" and about["processes"] == 1 and about["torch"] == torch.__version__
+    assert about["command"].startswith("radrotator train --out run --phantoms 1 ") and "--set unet.channels=8" in about["command"]
     assert str(here) not in json.dumps(about) and "commit" in about
-    said(refuse(here, capfd, "train", "--phantoms", 2, "--steps", 2, "-o", "run"), "started with phantoms = 1, not 2")
-    said(refuse(here, capfd, "train", "--phantoms", 1, "--steps", 3, "--seed", 3, "-o", "run"), "started with steps = 2, not 3")
+    said(refuse(here, capfd, "train", "--phantoms", 2, "-o", "run", "--resume"), "started with phantoms = 1, not 2")
+    said(refuse(here, capfd, "train", "--cts", ".", "-o", "run", "--resume"), "started with cts = None")
+    said(refuse(here, capfd, "train", "--steps", 3, "-o", "run", "--resume", "--device", "cpu"), "started with steps = 2, not 3")  # the rate follows the steps
     accept(capfd, "rotate", "hip.png", "-o", "trained.png", "--x", "5", "--weights", "run/weights.safetensors")
+    accept(capfd, "report", "run", "-o", "report.html")
 
 
 def test_demo_twice(here, capfd, monkeypatch):

@@ -1,5 +1,5 @@
-"""The job scripts of the documentation: they are shell and YAML, and every option in them is one that the programs have."""
-import json, re, shlex, subprocess
+"""The job scripts of the documentation: they are shell and YAML, every option in them is one that the programs have, and they go back into the queue."""
+import json, os, re, shlex, signal, subprocess, time
 from pathlib import Path
 
 import pytest
@@ -104,7 +104,43 @@ def test_scripts_are_shell(script):
     if "signal" not in options: return
     assert options["nodes"] == (re.search(r"--nnodes=(\d+)", script) or (0, "1"))[1] and options["gpus-per-node"] == re.search(r"--nproc-per-node=(\d+)", script)[1]
     assert int(re.search(r"SHUTDOWN_TIMEOUT=(\d+)", script)[1]) < int(options["signal"].split("@")[1]) - 60  # a minute for the rest of the script
-    assert "requeue" in options and "--resume" in script and script.index("trap ") < script.index("srun ") < script.rindex("wait ")
+    assert "requeue" in options and "--resume" in script and script.index("\ntrap ") < script.index("\nsrun ") < script.rindex("\nwait ")
+
+
+STUBS = {"srun": 'trap \'sleep 0.3; echo saved >> log; exit 1\' TERM; echo $$ > started; [ -z "$STATUS" ] || exit $STATUS; while :; do sleep 0.02; done',
+         "scancel": 'echo "$@" >> log; kill -TERM $(cat started)', "scontrol": 'if [ "$1" = show ]; then echo node; else echo "$@" >> log; fi'}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    "A function that starts a script where SLURM's commands are stubs"
+    for name, body in STUBS.items():
+        (tmp_path/name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path/name).chmod(0o755)
+    variables = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="48", SLURM_JOB_NODELIST="node[1-8]")
+    return lambda script, **more: subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=os.environ | variables | more)
+
+
+requeueing = pytest.mark.parametrize("script", [script for script in blocks("bash") if "#SBATCH --signal" in script], ids=["one node", "eight nodes"])
+
+
+@requeueing
+def test_a_script_lets_training_save_and_goes_back_into_the_queue(script, cluster, tmp_path):
+    with cluster(script) as job:
+        for _ in range(500):
+            if (tmp_path/"started").exists(): break
+            time.sleep(0.02)
+        time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(20)
+    assert (tmp_path/"log").read_text().splitlines() == ["--signal=TERM 7", "saved", "requeue 7"]
+
+
+@requeueing
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_has_ended_by_itself_does_not_come_back(script, status, cluster, tmp_path):
+    with cluster(script, STATUS=str(status)) as job: assert job.wait(20) == status
+    assert not (tmp_path/"log").exists()
 
 
 @pytest.mark.parametrize("job", jobs(), ids=lambda job: job["spec"].get("completionMode", "NonIndexed"))

@@ -22,7 +22,7 @@ RECIPE = {"unet.size": "16", "unet.channels": "8", "unet.multipliers": "1,2", "u
           "batch": "16", "every": "5", "validation": "1", "precision": "fp32", "warmup": "10", "decay": "false"}
 FIGURES = "step", "pairs", "loss", "gradient", "rate", "quarantined", "validation", "skill"   # of the log; the others tell the time
 SERVER = """
-import json, os, re, resource, signal, sys, threading, time
+import contextlib, gc, io, json, os, re, resource, signal, sys, threading, time, traceback
 from pathlib import Path
 WRITES = os.O_WRONLY | os.O_RDWR
 def children(pid):
@@ -31,7 +31,9 @@ def act(what, *about):
     if what == "signal": os.kill(os.getpid(), getattr(signal, *about))
     if what == "full": resource.setrlimit(resource.RLIMIT_FSIZE, (*about, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # no file grows beyond so many bytes
     if what == "cut": os.truncate(*about)
-    if what == "worker": os.kill(next(pid for pid in children(os.getpid()) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()), signal.SIGKILL)
+    if what == "worker":
+        os.kill(next(pid for pid in children(os.getpid()) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()), signal.SIGKILL)
+        time.sleep(*about)  # PyTorch tells of it in the middle of anything
 def watch(folder, pattern, times, *what):
     "Count whenever something in a folder is about to be opened for writing, made, renamed or removed, and its description matches; at a count, act."
     seen = []
@@ -51,9 +53,15 @@ def child(words, out, env={}, at=None, after=None):
     os.environ.update(env)
     if at: watch(*at)
     if after: threading.Thread(target=wait_and_act, args=after, daemon=True).start()
-    sys.exit(radrotator.cli.main(words))
+    try: code = radrotator.cli.main(words)
+    except BaseException: traceback.print_exc(); code = 1
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
 if __name__ == "__main__":  # the processes are forked, since to import torch takes longer than all the rest
-    import accelerate, matplotlib.backends.backend_agg, matplotlib.figure, torch._dynamo, radrotator.cli, radrotator.train
+    import accelerate, torch._dynamo, radrotator.cli, radrotator.train
+    with contextlib.redirect_stdout(None): radrotator.cli.main(["train", "--help"])
+    radrotator.train.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
+    gc.freeze()             # or every process would copy all this as it looks for garbage
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked: print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
@@ -264,9 +272,10 @@ def test_passes_do_not_change_the_loss(server, untold, plain, tmp_path):
 
 def test_a_process_that_reads_is_killed_and_the_number_of_them_changes_nothing(server, untold, plain, tmp_path):
     run = tmp_path/"run"
-    code, _, err = server(*command(untold, run, "--steps", 20, workers=1), at=(str(run), "open /log", 2, "worker"))
-    assert code == 2; sentence(err, "a process that reads pairs was killed.*--resume")
-    assert checkpoints(run) and not hidden(run)
+    for seconds in (20, 0):  # while a row is written; whenever it may be
+        code, _, err = server(*command(untold, run, "--steps", 20, "--resume", workers=1, every=2), at=(str(run), "open /log", 2, "worker", seconds))
+        assert code == 2; sentence(err, "a process that reads pairs was killed.*--resume")
+        assert checkpoints(run) and not hidden(run)
     assert server(*command(untold, run, "--steps", 20, "--resume", workers=2))[::2] == (0, "")
     assert same(run, plain)
 
