@@ -176,9 +176,9 @@ def measured(trainer, steps):
     return steps*trainer.config.batch/taken, {part: seconds/split for part, seconds in clock.seconds.items()}
 
 
-def preset_row(name, config, device, peak, machine=Machine(), steps=2):
+def preset_row(name, config, data, device, peak, machine, steps):
     "How fast a preset trains, and on what the time goes"
-    trainer = trainer_of(config, feed_of(config, device), machine, device)
+    trainer = trainer_of(config, data, machine, device)
     cuda = trainer.device.type == "cuda"
     if cuda: torch.cuda.reset_peak_memory_stats()
     speed, share = measured(trainer, steps)
@@ -191,7 +191,8 @@ def preset_table(configs, precisions, device, machines=(Machine(),), steps=2):
     "Rows: every preset in every precision and way of computing"
     peaks = {precision: peak_of(device, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]) for precision in precisions}
     print("peak of a matrix product: " + ", ".join(f"{peak/1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items()) + "\n", flush=True)
-    return [preset_row(name, replace(config, precision=precision), device, peaks[precision], machine, steps) for name, config in configs.items() for precision in precisions for machine in machines]
+    feeds = {name: feed_of(config, device) for name, config in configs.items()}
+    return [preset_row(name, replace(config, precision=precision), feeds[name], device, peaks[precision], machine, steps) for name, config in configs.items() for precision in precisions for machine in machines]
 
 
 def configs_of(names, device, toy=False):

@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 import radrotator
-from .core import RadRotatorError, RadRotatorWarning, check_output, folder_beside, sha256, write_beside
+from .core import RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, sha256, write_beside
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -361,7 +361,8 @@ def completed(
         known = before.get(key)
         if (known is None) if key in places else known != value and key not in ("steps", "set"):    # those the trainer knows better
             raise RadRotatorError(f"the run in {folder} was started with {key} = {known}, not {value}; go on with the same, or choose a new folder")
-    return Asked(**{key: before.get(key) if value is None else value for key, value in now.items()})
+    both = {key: before.get(key) if value is None else value for key, value in now.items()}
+    return Asked(**both | dict(set=(before.get("set") or {}) | (asked.set or {}) or None))
 
 # %% ../nbs/14_cli.ipynb #ff5058ca
 def recipe_of(
@@ -468,6 +469,7 @@ def train_command(
     device: Device = "auto",  # where to train
 ):
     "Train a model. The best weights so far are OUT/weights.safetensors. Under torchrun, several processes share the work."
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")          # before PyTorch is loaded: threads of the renderer that wait would take the time of the network's
     text = lambda path: path and str(path)
     asked = completed(out, Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init)), resume)
     check_bones(asked.bones)
@@ -493,7 +495,7 @@ def run(
     out, main = trainer.folder, trainer.accelerator.is_main_process
     if main:
         out.mkdir(exist_ok=True)
-        with write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked)))
+        with alone(out, wait=False), write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked)))
         print(f"training on {trainer.device}{f', {trainer.accelerator.num_processes} processes' if trainer.accelerator.num_processes > 1 else ''}; progress goes to {out/'log.csv'}" + ("" if trainer.exam else "; there is no fold 6, so the last weights are taken for the best"), flush=True)
     end = trainer.fit(minutes)
     if main: print("\n" + trained(trainer, end), flush=True)

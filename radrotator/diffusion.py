@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHA_BAR', 'STEPS', 'LAST', 'GUESS_ERROR', 'WEIGHTINGS', 'SMALLEST_POSTERIOR', 'cosine_betas', 'zero_terminal_snr',
-           'signal', 'log_snr', 'roots', 'add_noise', 'velocity', 'clean_from', 'noise_from', 'velocity_loss',
-           'reverse_step', 'log_variance', 'variance_loss']
+           'alpha_bar_on', 'signal', 'log_snr', 'roots', 'add_noise', 'velocity', 'clean_from', 'noise_from',
+           'velocity_loss', 'reverse_step', 'log_variance', 'variance_loss']
 
 # %% ../nbs/06_diffusion.ipynb #c2a49e4f
 import math
@@ -36,11 +36,21 @@ STEPS = len(ALPHA_BAR)
 LAST = STEPS - 1                               # the step that is pure noise
 
 # %% ../nbs/06_diffusion.ipynb #2840b4b6
+_tables = {}  # the schedule on every device that asked for it: to copy it there each time, a GPU would have to wait
+
+def alpha_bar_on(
+    device: torch.device,  # of the computation
+) -> torch.Tensor:         # (1000,) float64, not to be changed
+    "The schedule on a device."
+    if device not in _tables: _tables[device] = ALPHA_BAR.to(device)
+    return _tables[device]
+
+# %% ../nbs/06_diffusion.ipynb #c633e3b9
 def signal(
     t: torch.Tensor,  # int steps of any shape; −1 is the clean image
 ) -> torch.Tensor:    # float64, shape of t
     "ᾱ at the steps t."
-    return torch.where(t < 0, 1.0, ALPHA_BAR.to(t.device)[t.clamp(min=0)])
+    return torch.where(t < 0, 1.0, alpha_bar_on(t.device)[t.clamp(min=0)])
 
 # %% ../nbs/06_diffusion.ipynb #27fc59fa
 def log_snr(
@@ -116,7 +126,7 @@ def velocity_loss(
     weighting: str = "velocity",   # one of WEIGHTINGS
 ) -> torch.Tensor:                 # scalar
     "Weighted mean squared error of the velocity."
-    weight = WEIGHTINGS[weighting](ALPHA_BAR.to(t.device)[t]).to(predicted)
+    weight = WEIGHTINGS[weighting](alpha_bar_on(t.device)[t]).to(predicted)
     return (weight*(predicted - target).square().mean((1, 2, 3))).mean()
 
 # %% ../nbs/06_diffusion.ipynb #d7d4245e

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'FREE', 'LOOK', 'COLUMNS', 'TrainConfig', 'check_config', 'parsed',
            'with_settings', 'learning_rate', 'make_optimizer', 'EMA', 'Question', 'draw_steps', 'question', 'questions',
-           'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'write_checkpoint', 'read_checkpoint',
-           'checkpoints', 'newest', 'tidy', 'Machine', 'join', 'add_in_order', 'share_of', 'Trainer', 'check_same',
-           'initial', 'read_log', 'Log', 'Comparison', 'view_sheet', 'StopAsked', 'from_sets', 'from_jobs', 'page',
-           'image_tag', 'table_tag', 'curves', 'report']
+           'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'readers', 'write_checkpoint', 'read_checkpoint',
+           'checkpoints', 'newest', 'tidy', 'Machine', 'keep_memory', 'join', 'add_in_order', 'share_of', 'Trainer',
+           'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet', 'StopAsked', 'from_sets',
+           'from_jobs', 'page', 'image_tag', 'table_tag', 'curves', 'report']
 
 # %% ../nbs/09_train.ipynb #355d9bfb
-import base64, csv, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
-from contextlib import nullcontext
+import base64, csv, ctypes, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -285,13 +285,20 @@ def feed(
     pinned: bool = False,# in memory from which a GPU reads faster
 ):                       # yields `Batch`
     "Batches in the order of the steps."
-    loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None, worker_init_fn=_apart)
-    try:
-        for item in loader:
-            if isinstance(item, RadRotatorError): raise item
-            yield Batch(*item[:3], tuple(map(tuple, item[3])))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error): raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")               # that there are fewer cores than readers: they were asked for
+        loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None, worker_init_fn=_apart)
+    for item in loader:
+        if isinstance(item, RadRotatorError): raise item
+        yield Batch(*item[:3], tuple(map(tuple, item[3])))
+
+# %% ../nbs/09_train.ipynb #fd022fde
+@contextmanager
+def readers():
+    "While the block runs, say in one sentence that a reader was killed: PyTorch tells it by a signal, in the middle of anything, or a pipe ends."
+    try: yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error): raise
         raise RadRotatorError("a process that reads pairs was killed, perhaps for want of memory; go on with --resume, and fewer --workers") from None
 
 # %% ../nbs/09_train.ipynb #edb8d7e1
@@ -333,13 +340,15 @@ def newest(
     folder: Path,          # of the run
 ) -> tuple[dict, dict] | None: # tensors and state; None where there is no checkpoint
     "Read the newest checkpoint that is whole; damaged ones are set aside."
-    found = checkpoints(folder)
+    found, damaged = checkpoints(folder), []
     for path in reversed(found):
-        try: return read_checkpoint(path)
-        except RadRotatorError as error:
-            warnings.warn(f"{error}; it is set aside, and the run goes on from the one before", RadRotatorWarning)
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True); path.rename(aside)
+        try: whole = read_checkpoint(path)
+        except RadRotatorError as error: damaged.append((path, error)); continue
+        for bad, error in damaged:
+            warnings.warn(f"{error}; it is set aside, and the run goes on from {path.name}", RadRotatorWarning)
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True); bad.rename(aside)
+        return whole
     if found: raise RadRotatorError(f"none of the {len(found)} checkpoints in {folder} can be read; begin again in a new folder, with --init {folder/'weights.safetensors'} if that is there")
 
 # %% ../nbs/09_train.ipynb #6801a4d7
@@ -351,7 +360,7 @@ def tidy(
     "Let old checkpoints go, and what a killed process left half-written."
     for path in checkpoints(folder)[:-last]:
         if int(path.name[11:]) != best: shutil.rmtree(path)
-    for path in folder.glob(".checkpoint-*"): shutil.rmtree(path)
+    for left in (*folder.glob(".*-*"), *folder.glob("pictures/.*-*")): shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 # %% ../nbs/09_train.ipynb #86f2d1bc
 @dataclass(frozen=True)
@@ -365,12 +374,20 @@ class Machine:
     exact: bool = True           # on a GPU: only algorithms that add in the same order each time, where there are such
 
 # %% ../nbs/09_train.ipynb #5939a3ce
+def keep_memory():
+    "Let this process keep large blocks that it has freed. By default glibc gives every one of them back, and the system has to clear it page by page when the next step asks for it again."
+    with suppress(OSError, AttributeError):                                     # another libc, another system
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)                               # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+# %% ../nbs/09_train.ipynb #71489960
 def join(
     device: str = "cpu",  # as from `rotate.pick_device`
 ):                        # `accelerate.Accelerator`
     "Join the other processes of a distributed run, or be alone."
     from accelerate import Accelerator
     if device.startswith("cuda:"): torch.cuda.set_device(device)
+    if device == "cpu": keep_memory()
     return Accelerator(cpu=device == "cpu")
 
 # %% ../nbs/09_train.ipynb #5d0420da
@@ -512,7 +529,7 @@ def load(self: Trainer,
 def save(self: Trainer):
     "Write a checkpoint, and let the oldest go."
     if self.accelerator.is_main_process:
-        write_checkpoint(self.folder/f"checkpoint-{self.step:08d}", self.tensors(), dict(step=self.step, seconds=self.seconds, best=self.best, config=asdict(self.config)))
+        write_checkpoint(self.folder/f"checkpoint-{self.step:08d}", self.tensors(), dict(step=self.step, seconds=self.seconds, best=self.best, config=asdict(self.config), init=self.about.get("init")))
         tidy(self.folder, self.best.get("step"))
     self.accelerator.wait_for_everyone()
 
@@ -543,6 +560,7 @@ def resume(self: Trainer) -> bool: # whether there was a checkpoint
     try: self.load(tensors)
     except (RuntimeError, KeyError, ValueError): raise RadRotatorError(f"the checkpoints in {self.folder} were written by another version of RadRotator; go on with that one") from None
     self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+    if state.get("init"): self.about |= dict(init=state["init"])
     return True
 
 # %% ../nbs/09_train.ipynb #a0ee333d
@@ -588,10 +606,9 @@ class Log:
         tensorboard: bool=False,  # write events, too
     ):
         self.path, self.events = folder/"log.csv", None
-        rows = [row for row in read_log(folder) if row["step"] <= step] if self.path.exists() else []
-        with write_beside(self.path) as temporary, open(temporary, "w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
-            table.writeheader(); table.writerows(rows)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]   # a killed process may leave half a line
+        with write_beside(self.path) as temporary: temporary.write_text("".join(f"{line}\n" for line in (",".join(COLUMNS), *kept)))
         if tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: raise RadRotatorError("events are asked for, but TensorBoard is not installed; pip install radrotator[tensorboard]") from None
@@ -599,7 +616,7 @@ class Log:
 
     def row(self, step, **figures):
         "Write a row."
-        with open(self.path, "a", newline="") as file: csv.DictWriter(file, COLUMNS).writerow(dict(step=step, **figures))
+        with open(self.path, "a", newline="") as file: csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(dict(step=step, **figures))
         for name, figure in figures.items() if self.events else (): self.events.add_scalar(name, figure, step)
         if self.events: self.events.flush()
 
@@ -750,7 +767,7 @@ def fit(self: Trainer,
     "Train; log, validate and save on the way."
     main, before, end = self.accelerator.is_main_process, self.seconds, ""
     self.folder.mkdir(parents=True, exist_ok=True)
-    with alone(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop:
+    with alone(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop, readers():
         log = Log(self.folder, self.step, self.machine.tensorboard) if main else None
         bar = progress_bar(self.batches(), total=self.config.steps - self.step, display=main)
         said, waited, start = [], 0.0, time.monotonic()

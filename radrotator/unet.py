@@ -315,7 +315,9 @@ def save_weights(
     "Write network, configuration and provenance into one file."
     metadata = dict(convention=CONVENTION, config=json.dumps(asdict(network.config)), about=json.dumps(about))
     tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in network.state_dict().items()}
-    with write_beside(path) as temporary: save_file(tensors, temporary, metadata)
+    try:
+        with write_beside(path) as temporary: save_file(tensors, temporary, metadata)
+    except SafetensorError as error: raise RadRotatorError(f"cannot write {path}: {error}; make room, or choose another place") from None
 
 # %% ../nbs/07_unet.ipynb #c98c0f64
 def load_weights(
