@@ -425,7 +425,7 @@ def feeds_of(
     if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
     if asked.data:
         if settings: raise RadRotatorError(f"data.{min(settings)} is a setting of pairs that are rendered while training; DRR sets are as they were made")
-        data, validation = from_sets(asked.data)
+        data, validation = from_sets(asked.data, config)
         return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
     plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
     plan = replace(with_settings(plan, settings), size=config.unet.size)
@@ -495,7 +495,7 @@ def run(
     out, main = trainer.folder, trainer.accelerator.is_main_process
     if main:
         out.mkdir(exist_ok=True)
-        with alone(out, wait=False), write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked)))
+        with alone(out, wait=False), write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked) | dict(config=asdict(trainer.config))))
         print(f"training on {trainer.device}{f', {trainer.accelerator.num_processes} processes' if trainer.accelerator.num_processes > 1 else ''}; progress goes to {out/'log.csv'}" + ("" if trainer.exam else "; there is no fold 6, so the last weights are taken for the best"), flush=True)
     end = trainer.fit(minutes)
     if main: print("\n" + trained(trainer, end), flush=True)

@@ -789,11 +789,15 @@ def fit(self: Trainer,
 
 # %% ../nbs/09_train.ipynb #945287d4
 def from_sets(
-    folder: str | Path,  # of DRR sets
-) -> tuple:              # pairs of folds 1 to 5; pairs of fold 6, or None where there is none
+    folder: str | Path,   # of DRR sets
+    config: TrainConfig,  # of the run
+) -> tuple:               # pairs of folds 1 to 5; pairs of fold 6, or None where there is none
     "Feeds that read DRR sets."
-    examined = any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
-    return PairDataset(folder), PairDataset(folder, folds=VALIDATE) if examined else None
+    if not sets_in(folder): raise RadRotatorError(f"{folder} holds no DRR set; give the folder that radrotator pairs wrote" + (", or train on these CTs with --cts" if any(Path(folder).glob("*.nii*")) else ""))
+    data, examined = PairDataset(folder), any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
+    size = data.sets[0].manifest["carm"]["size"]
+    if size != config.unet.size: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {config.unet.size}²; choose another preset, set unet.size={size}, or render with --size {config.unet.size}")
+    return data, PairDataset(folder, folds=VALIDATE) if examined else None
 
 # %% ../nbs/09_train.ipynb #819d267e
 def from_jobs(

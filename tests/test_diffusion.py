@@ -87,15 +87,15 @@ def test_loss_is_mediffusions_and_its_variance_output_learns(theirs, process):
 
 
 def test_variance_head_of_a_network_learns():
-    from radrotator.train import TrainConfig, batch_loss
+    from radrotator.train import TrainConfig, joined, loss_of, questions
     from radrotator.pairs import Batch
     from radrotator.unet import UNet, UNetConfig
     torch.manual_seed(0)
     config = TrainConfig(UNetConfig(size=16, channels=8, multipliers=(1, 2), attention=(2,), heads=2, groups=4, conditions=3))
     network = UNet(config.unet)
     last = network.out[-1].weight
-    batch = Batch(*torch.rand(2, 8, 1, 16, 16).mul(2).sub(1), torch.zeros(8, 3))
-    batch_loss(network, batch, config, torch.Generator().manual_seed(0)).backward()
+    asked = joined(questions(Batch(*torch.rand(2, 8, 1, 16, 16), torch.zeros(8, 3)), config, "cpu", "test"))
+    loss_of(network, asked, config).backward()
     assert last.shape[0] == 2 and (last.grad.flatten(1).norm(dim=1) > 0).all()
 
 
