@@ -22,7 +22,7 @@ import torch
 
 from radrotator.evaluate import markdown_table
 from radrotator.pairs import TRAIN, Batch, PhantomPlan, phantom_jobs
-from radrotator.train import PRESETS, Machine, Trainer, from_jobs, join
+from radrotator.train import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
 from radrotator.unet import UNetConfig, count_operations
 from sampling import drawn, given, mediffusion
 
@@ -189,7 +189,7 @@ def preset_row(name, config, data, device, peak, machine, steps):
 
 def preset_table(configs, precisions, device, machines=(Machine(),), steps=2):
     "Rows: every preset in every precision and way of computing"
-    peaks = {precision: peak_of(device, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]) for precision in precisions}
+    peaks = {precision: peak_of(device, PRECISIONS[precision]) for precision in precisions}
     print("peak of a matrix product: " + ", ".join(f"{peak/1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items()) + "\n", flush=True)
     feeds = {name: feed_of(config, device) for name, config in configs.items()}
     return [preset_row(name, replace(config, precision=precision), feeds[name], device, peaks[precision], machine, steps) for name, config in configs.items() for precision in precisions for machine in machines]

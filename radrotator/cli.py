@@ -351,7 +351,10 @@ def completed(
 ) -> Asked:        # with what was said when the run began
     "Refuse a folder that is no run, a run that is to begin twice, or one that was asked for something else."
     check_parent(folder)
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return asked
+    known = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not folder.exists() or folder.is_dir() and not {name for name in known - {"folds.csv"} if name[0] != "."}:   # which a run leaves that was killed as it began
+        if resume and all(getattr(asked, name) is None for name in SOURCES): raise RadRotatorError(f"there is no run in {folder} to go on with, and nothing to begin with; check the name, or give --data SETS, --cts DIR or --phantoms N")
+        return replace(asked, preset=asked.preset or "tiny", seed=asked.seed or 0)
     try: before = json.loads((folder/"run.json").read_text())
     except (OSError, ValueError): raise RadRotatorError(f"cannot write {folder}: it exists already and is not the folder of a run; choose another name") from None
     if not resume: raise RadRotatorError(f"{folder} holds a run already; add --resume to go on with it, or choose a new folder")
@@ -370,10 +373,10 @@ def recipe_of(
 ) -> tuple:        # `TrainConfig`, and settings of the data by their names
     "The recipe that is meant."
     from radrotator.train import PRESETS, with_settings
-    name = asked.preset or "tiny"
+    name = asked.preset
     if name not in PRESETS: raise RadRotatorError(f"there is no preset {name!r}; choose {' or '.join(PRESETS)}")
     settings = {key: value for key, value in (asked.set or {}).items() if not key.startswith("data.")}
-    config = replace(PRESETS[name], seed=asked.seed or 0, steps=asked.steps or PRESETS[name].steps)
+    config = replace(PRESETS[name], seed=asked.seed, steps=asked.steps or PRESETS[name].steps)
     return with_settings(config, settings), {key[5:]: value for key, value in (asked.set or {}).items() if key.startswith("data.")}
 
 # %% ../nbs/14_cli.ipynb #1dc74dab
@@ -383,6 +386,7 @@ def settings_of(
     "Split settings."
     for word in words:
         if not re.fullmatch(r"[\w.]+=.+", word): raise typer.BadParameter(f"{word!r} is no setting; write it as rate=2e-4 or unet.head=warp")
+        if word.startswith(("seed=", "steps=")): raise typer.BadParameter(f"{word!r} has an option of its own; use --{word.replace('=', ' ')}")
     return dict(word.split("=", 1) for word in words) or None
 
 # %% ../nbs/14_cli.ipynb #93c93590
@@ -416,6 +420,8 @@ def feeds_of(
     settings: dict, # of the data
     workers: int,   # processes
     device: str,    # that trains
+    folder: Path,   # of the run, for folds where the CTs have none
+    progress,       # wraps the volumes while the first ones are made
 ) -> tuple:         # pairs to train on, pairs of fold 6 or None, and what weights say of them
     "The pairs that are meant, and where they come from."
     from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
@@ -429,9 +435,11 @@ def feeds_of(
         return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
     plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
     plan = replace(with_settings(plan, settings), size=config.unet.size)
-    jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, asked.cts)
+    jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, folder)
+    for job in jobs:
+        if job.fold is None: warnings.warn(f"{job.name} is not in the table of folds, and is left out; add it there", RadRotatorWarning)
     bones = dict(bones=Path(plan.bones).name, bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
-    return *from_jobs(jobs, plan, config, workers, device), plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=len(jobs), folder=Path(asked.cts).name)) | bones
+    return *from_jobs(jobs, plan, config, workers, device, progress), plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
 
 # %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(
@@ -473,15 +481,18 @@ def train_command(
     text = lambda path: path and str(path)
     asked = completed(out, Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init)), resume)
     check_bones(asked.bones)
+    import torch
     from radrotator.rotate import pick_device
-    from radrotator.train import Machine, Trainer, initial, join
+    from radrotator.train import Machine, Trainer, checkpoints, initial, join
     config, of_data = recipe_of(asked)
-    if asked.init: initial(asked.init, config)                  # before minutes of work
-    device = pick_device(device)
-    accelerator, workers = join(device), workers if workers is not None else 1 if device == "cpu" else 4
-    train_on, validate_on, named = feeds_of(asked, config, of_data, workers, str(accelerator.device))
-    about = provenance(context, named, str(accelerator.device), accelerator.num_processes)
-    trainer = Trainer(out, config, train_on, validate_on, Machine(together, workers, compile, checkpointing, tensorboard, exact), accelerator, about)
+    if asked.init and not checkpoints(out): initial(asked.init, config)   # before minutes of work
+    device, machine = pick_device(device), Machine(together, workers if workers is not None else 1, compile, checkpointing, tensorboard, exact)
+    if device != "cpu" and workers is None: machine = replace(machine, workers=4)
+    accelerator = join(device)
+    where = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    *feeds, named = feeds_of(asked, config, of_data, machine.workers, where, out, bar if accelerator.is_main_process else lambda jobs, total: jobs)
+    trainer = Trainer(out, config, *feeds, machine, accelerator, provenance(context, named, where, accelerator.num_processes))
+    del feeds[1]                                                # volumes of fold 6 have been looked at
     if not trainer.resume() and asked.init: trainer.start_from(asked.init)
     run(trainer, asked, math.inf if minutes is None else minutes)
 

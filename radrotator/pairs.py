@@ -12,7 +12,7 @@ __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT',
            'upcoming', 'Ahead', 'OnTheFlyPairs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
-import atexit, csv, hashlib, json, multiprocessing, os, re, threading, time, weakref
+import atexit, csv, hashlib, json, multiprocessing, re, threading, time, weakref
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,7 +25,7 @@ import numba, numpy as np, torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import RadRotatorError, alone, each, end_with_parent, rng, sha256, write_beside
+from .core import RadRotatorError, alone, deaf, each, end_with_parent, in_own_group, rng, sha256, write_beside
 from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
 from .drr import AXES, CONVENTION, MU_WATER, CArm, Physics, Renderer, fit_fov
 from .phantom import BoneAtlas, member, phantom
@@ -680,7 +680,7 @@ def upcoming(
 # %% ../nbs/04_pairs.ipynb #e1cba0df
 def _answer(connection, work):
     "The life of a process of the background: results, or refusals, for arguments."
-    os.setpgrp()        # Ctrl-C, or SIGTERM to a whole group of processes, is for the parent; this process ends with it
+    in_own_group()
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):     # nobody asks any more
         while True:
@@ -751,7 +751,8 @@ def _elsewhere(self: Ahead, argument):
         if mine not in self.processes:
             here, there = spawn.Pipe()
             process = spawn.Process(target=_answer, args=(there, self.work), daemon=True)
-            process.start(); there.close()
+            with deaf(): process.start()
+            there.close()
             self.processes[mine] = process, here
         process, here = self.processes[mine]
         try:

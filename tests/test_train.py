@@ -407,7 +407,7 @@ def test_what_is_resumed_otherwise_is_refused_by_name(server, untold, plain, tmp
     run = shutil.copytree(plain, tmp_path/"run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     words = "train", "--data", untold, "-o", run, "--device", "cpu", "--workers", 0
-    cases = {("--resume", "--set", "rate=1e-3"): "started with rate = 0.0003, not 0.001", ("--resume", *settings(**{"unet.channels": "12"})): "started with unet.channels = 8, not 12", ("--resume", "--seed", 3): "started with seed = None, not 3",
+    cases = {("--resume", "--set", "rate=1e-3"): "started with rate = 0.0003, not 0.001", ("--resume", *settings(**{"unet.channels": "12"})): "started with unet.channels = 8, not 12", ("--resume", "--seed", 3): "started with seed = 0, not 3",
              ("--resume", "--preset", "paper"): "started with preset", ("--resume", "--phantoms", 3): "started with phantoms", (): "add --resume to go on"}
     begun = [(server.start(*words, *more), why) for more, why in cases.items()]
     for process, why in begun:
