@@ -204,7 +204,9 @@ def along(
     first = inverse @ self.affine[:3, 3] - [1, 1, 0]             # the padded volume begins one voxel earlier
     s, c, d = (np.ascontiguousarray(points @ inverse.T - shift) for points, shift in ((sources, first), (corners, first), (steps, 0)))
     out = np.empty((len(s), size, size), np.float32)
+    threads = torch.get_num_threads()
     _project(padded.ravel(), padded.shape, _slab_parts(s, c, d, padded.shape[2], size), s, c, d, out)
+    torch.set_num_threads(threads)                               # numba has set its own number for all of OpenMP, and PyTorch would compute with that
     return out
 
 # %% ../nbs/03_drr.ipynb #77651320
