@@ -8,7 +8,7 @@ __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 
            'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar',
            'cores', 'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command',
            'rotate_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
-           'provenance', 'train_command', 'run', 'trained', 'report_command', 'convert_command', 'Item',
+           'provenance', 'train_command', 'begin', 'run', 'trained', 'report_command', 'convert_command', 'Item',
            'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'write_item', 'demo_inputs', 'demo_items',
            'check_demo', 'demo_command', 'demo_text']
 
@@ -477,24 +477,40 @@ def train_command(
     device: Device = "auto",  # where to train
 ):
     "Train a model. The best weights so far are OUT/weights.safetensors. Under torchrun, several processes share the work."
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")          # before PyTorch is loaded: threads of the renderer that wait would take the time of the network's
     text = lambda path: path and str(path)
-    asked = completed(out, Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init)), resume)
+    asked = Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init))
+    how = dict(together=together, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard, exact=exact)
+    begin(context, out, asked, resume, device, workers, how, math.inf if minutes is None else minutes)
+
+# %% ../nbs/14_cli.ipynb #4b9be15d
+def begin(
+    context: typer.Context,  # of the command
+    out: Path,               # folder of the run
+    asked: Asked,            # as it was typed
+    resume: bool,            # go on with what is there
+    device: str,             # where to train
+    workers: int | None,     # processes that read or make data ahead
+    how: dict,               # the other fields of `Machine`
+    minutes: float,          # of training, at most
+):
+    "Make everything ready, refuse what cannot be, and train."
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")          # before PyTorch is loaded: threads of the renderer that wait would take the time of the network's
+    asked = completed(out, asked, resume)
     check_bones(asked.bones)
     import torch
     from radrotator.rotate import pick_device
     from radrotator.train import Machine, Trainer, checkpoints, initial, join
     config, of_data = recipe_of(asked)
     if asked.init and not checkpoints(out): initial(asked.init, config)   # before minutes of work
-    device, machine = pick_device(device), Machine(together, workers if workers is not None else 1, compile, checkpointing, tensorboard, exact)
-    if device != "cpu" and workers is None: machine = replace(machine, workers=4)
+    device = pick_device(device)
+    machine = Machine(workers=(1 if device == "cpu" else 4) if workers is None else workers, **how)
     accelerator = join(device)
     where = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     *feeds, named = feeds_of(asked, config, of_data, machine.workers, where, out, bar if accelerator.is_main_process else lambda jobs, total: jobs)
     trainer = Trainer(out, config, *feeds, machine, accelerator, provenance(context, named, where, accelerator.num_processes))
     del feeds[1]                                                # volumes of fold 6 have been looked at
     if not trainer.resume() and asked.init: trainer.start_from(asked.init)
-    run(trainer, asked, math.inf if minutes is None else minutes)
+    run(trainer, asked, minutes)
 
 # %% ../nbs/14_cli.ipynb #729d2712
 def run(

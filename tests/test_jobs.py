@@ -70,7 +70,7 @@ def check(command):
     name, given, processes = parsed(command)
     if name == "pairs": shard_of(given["shard"])
     if name == "train":
-        config, _ = recipe_of(Asked(preset=given["preset"], steps=given["steps"], set=settings_of(given["settings"])))
+        config, _ = recipe_of(Asked(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings_of(given["settings"])))
         share_of(config.batch, 0, processes)
 
 
