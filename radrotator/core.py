@@ -7,7 +7,7 @@ __all__ = ['RadRotatorError', 'RadRotatorWarning', 'write_beside', 'folder_besid
            'in_own_group', 'end_with_parent', 'each', 'alone', 'shared_data']
 
 # %% ../nbs/00_core.ipynb #2a801fc2
-import contextlib, hashlib, multiprocessing.connection, os, shutil, signal, tempfile, threading
+import contextlib, hashlib, multiprocessing.connection, multiprocessing.resource_tracker, os, shutil, signal, tempfile, threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -113,6 +113,7 @@ def rng(
 def deaf():
     "While the block runs, Ctrl-C and SIGTERM wait; a process that is started in it does not hear them before `in_own_group`."
     if not hasattr(signal, "pthread_sigmask"): yield; return
+    multiprocessing.resource_tracker.ensure_running()            # begun in the block, it would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -122,6 +123,7 @@ def in_own_group(*_):
     "Called once in a process that helps another: Ctrl-C, or SIGTERM to a whole group (torchrun sends it so), is for the other one."
     if not hasattr(signal, "pthread_sigmask"): return
     os.setpgrp()
+    for number in signal.sigpending(): signal.sigwait({number})   # what came before was for the other one, too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 # %% ../nbs/00_core.ipynb #e3a3e978

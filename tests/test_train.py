@@ -184,6 +184,7 @@ def hidden(run): return [path.name for path in run.rglob(".*")]
 
 def sentence(err, words):
     "That the errors are one sentence, and say so"
+    err = re.sub(r".*resource_tracker: There appear to be .*\n.*warnings\.warn.*\n", "", err)   # Python's own notice, now and then, where a process was killed
     assert err.startswith("radrotator: ") and err.count("\n") == 1 and "Traceback" not in err and len(err) < 600, err
     assert re.search(words, err), err
 
@@ -227,6 +228,18 @@ def test_told_to_stop_it_saves_this_very_step(server, untold, plain, tmp_path):
     assert [path.name for path in checkpoints(run)] == ["checkpoint-00000005", "checkpoint-00000006"] and not hidden(run)
     assert server(*command(untold, run, "--steps", 20, "--resume"))[::2] == (0, "")
     assert same(run, plain) and [row["step"] for row in read_log(run)] == [5, 6, 10, 15, 20]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_told_to_stop_with_its_readers_while_they_start(number, untold, tmp_path):
+    "A terminal, and torchrun, send the signal to the whole group of processes"
+    run = tmp_path/"run"
+    process = subprocess.Popen([sys.executable, "-m", "radrotator.cli", *map(str, command(untold, run, "--steps", 10**6, workers=1))], env=os.environ | QUIET, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: (run/"log.csv").exists())
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "it was asked to stop" in out, err
+    assert checkpoints(run)
 
 
 def test_one_process_works_in_a_folder(server, untold, tmp_path):
