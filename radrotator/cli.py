@@ -351,8 +351,8 @@ def completed(
 ) -> Asked:        # with what was said when the run began
     "Refuse a folder that is no run, a run that is to begin twice, or one that was asked for something else."
     check_parent(folder)
-    known = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not folder.exists() or folder.is_dir() and not {name for name in known - {"folds.csv"} if name[0] != "."}:   # which a run leaves that was killed as it began
+    content = [path for path in folder.iterdir() if path.name[0] != "." and path.name != "folds.csv"] if folder.is_dir() else [folder]*folder.exists()
+    if not content:                                             # or only what a run leaves that was killed as it began
         if resume and all(getattr(asked, name) is None for name in SOURCES): raise RadRotatorError(f"there is no run in {folder} to go on with, and nothing to begin with; check the name, or give --data SETS, --cts DIR or --phantoms N")
         return replace(asked, preset=asked.preset or "tiny", seed=asked.seed or 0)
     try: before = json.loads((folder/"run.json").read_text())
@@ -364,8 +364,11 @@ def completed(
         known = before.get(key)
         if (known is None) if key in places else known != value and key not in ("steps", "set"):    # those the trainer knows better
             raise RadRotatorError(f"the run in {folder} was started with {key} = {known}, not {value}; go on with the same, or choose a new folder")
+    said, now_said = before.get("set") or {}, asked.set or {}
+    for key in now_said:
+        if key.startswith("data.") and said.get(key) != now_said[key]: raise RadRotatorError(f"the run in {folder} was started with {key} = {said.get(key)}, not {now_said[key]}; go on with the same, or choose a new folder")
     both = {key: before.get(key) if value is None else value for key, value in now.items()}
-    return Asked(**both | dict(set=(before.get("set") or {}) | (asked.set or {}) or None))
+    return Asked(**both | dict(set=said | now_said or None))
 
 # %% ../nbs/14_cli.ipynb #ff5058ca
 def recipe_of(
@@ -435,7 +438,8 @@ def feeds_of(
         return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
     plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
     plan = replace(with_settings(plan, settings), size=config.unet.size)
-    jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, folder)
+    table = folder/"folds.csv"                                  # of CTs that had none, made when the run began: whoever comes later is not in it
+    jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, folder, table if table.exists() else None)
     for job in jobs:
         if job.fold is None: warnings.warn(f"{job.name} is not in the table of folds, and is left out; add it there", RadRotatorWarning)
     bones = dict(bones=Path(plan.bones).name, bones_sha256=bones_hash(plan.bones)) if asked.bones else {}

@@ -349,7 +349,7 @@ def newest(
     if found: raise RadRotatorError(f"none of the {len(found)} checkpoints in {folder} can be read; begin again in a new folder, with --init {folder/'weights.safetensors'} if that is there")
 
 # %% ../nbs/09_train.ipynb #6801a4d7
-LEFTOVERS = ".checkpoint-*", ".weights-*", ".log-*", "pictures/.*-*"  # of what only the run writes; a report may be under way beside it
+LEFTOVERS = ".checkpoint-*", ".weights-*", ".log-*", ".run-*", "pictures/.*-*"  # of what only the run writes; a report may be under way beside it
 
 # %% ../nbs/09_train.ipynb #0b35c18d
 def tidy(
@@ -708,7 +708,7 @@ def agreed(self: Trainer,
 def over(self: Trainer,
     stop: StopAsked,  # whether a signal has come
     late: bool,       # whether the time is over
-) -> str:           # "", or why the run ends: "signal", "time" or "steps"
+) -> str:             # "", or why the run ends: "signal", "time" or "steps"
     "Whether the run ends here."
     if self.agreed(bool(stop)): return "signal"
     if self.step >= self.config.steps: return "steps"

@@ -274,6 +274,29 @@ def test_pairs_rendered_while_training_are_resumed_to_the_bit(server, tmp_path):
     assert same(*runs) and figures(runs[0]) == figures(runs[1]) and read_checkpoint(checkpoints(runs[1])[-1])[1]["step"] == 10
 
 
+def test_cts_without_a_table_of_folds_stay_untouched_and_a_later_one_is_named(server, tmp_path):
+    cts, run = tmp_path/"cts", tmp_path/"run"
+    cts.mkdir(); write_ct(ball(0), cts/"first.nii.gz")
+    words = lambda n: ("train", "--cts", cts, "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160"}), "--steps", n, "--resume")
+    assert server(*words(2))[::2] == (0, "") and [path.name for path in cts.iterdir()] == ["first.nii.gz"]
+    write_ct(ball(2), cts/"later.nii.gz")
+    code, _, err = server(*words(3))
+    assert code == 0; sentence(err, "later is not in the table of folds")
+    assert load_weights(run/"weights.safetensors")[1]["data"]["cts"] == 1
+
+
+def test_a_run_ends_when_the_average_gets_no_better(server, sets, tmp_path):
+    run = tmp_path/"run"
+    words = command(sets, run, "--steps", 60, "--resume", every=1, patience=2, rate=0.01, warmup=0)
+    code, out, err = server(*words)
+    assert (code, err) == (0, "") and "it gets no better" in out
+    examined = [row["validation"] for row in read_log(run)]
+    waited = [step - int(np.argmin(examined[:step + 1])) for step in range(len(examined))]
+    assert waited[-1] == 2 and max(waited[:-1]) < 2 and load_weights(run/"weights.safetensors")[1]["steps"] == len(examined) - 2
+    before = [path.name for path in checkpoints(run)]
+    assert "it gets no better" in server(*words)[1] and [path.name for path in checkpoints(run)] == before   # and does not begin again
+
+
 # How it is computed -------------------------------------------------------
 
 def test_passes_do_not_change_the_loss(server, untold, plain, tmp_path):
@@ -332,6 +355,15 @@ def test_two_processes_stop_together_where_one_is_told_to(server, untold, tmp_pa
     step = read_checkpoint(checkpoints(run)[-1])[1]["step"]
     assert step == read_log(run)[-1]["step"] and not hidden(run)
     assert server(*command(untold, run, "--steps", step + 1, "--resume"))[::2] == (0, "") and rows(run) == len({row["step"] for row in read_log(run)})
+
+
+def test_two_processes_that_see_different_folders_do_not_begin(server, untold, plain, tmp_path):
+    far = shutil.copytree(plain, tmp_path/"far")
+    shutil.rmtree(checkpoints(far)[-1])
+    common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for each in [server.start(*command(untold, run, "--steps", 40, "--resume", every=1), env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank, run in enumerate((plain, far))]:
+        code, _, err = server.end(*each)
+        assert code == 2 and re.search("different checkpoints in .* one folder", err), err
 
 
 def test_a_batch_that_cannot_be_shared(server, untold, tmp_path):
@@ -421,12 +453,23 @@ def test_what_is_resumed_otherwise_is_refused_by_name(server, untold, plain, tmp
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     words = "train", "--data", untold, "-o", run, "--device", "cpu", "--workers", 0
     cases = {("--resume", "--set", "rate=1e-3"): "started with rate = 0.0003, not 0.001", ("--resume", *settings(**{"unet.channels": "12"})): "started with unet.channels = 8, not 12", ("--resume", "--seed", 3): "started with seed = 0, not 3",
-             ("--resume", "--preset", "paper"): "started with preset", ("--resume", "--phantoms", 3): "started with phantoms", (): "add --resume to go on"}
+             ("--resume", "--preset", "paper"): "started with preset", ("--resume", "--phantoms", 3): "started with phantoms", ("--resume", "--set", "data.one_axis=0"): "started with data.one_axis = None, not 0", (): "add --resume to go on"}
     begun = [(server.start(*words, *more), why) for more, why in cases.items()]
     for process, why in begun:
         code, _, err = server.end(*process)
         assert code == 2; sentence(err, why)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_goes_without_saying_may_be_said(server, untold, plain, tmp_path):
+    run = shutil.copytree(plain, tmp_path/"run")
+    assert server(*command(untold, run, "--steps", 20, "--resume", "--preset", "tiny", "--seed", 0, every=1))[::2] == (0, "")
+
+
+def test_a_run_killed_as_it_began_begins(server, untold, plain, tmp_path):
+    (tmp_path/"run").mkdir(); (tmp_path/"run"/".run-abc.json").write_text("{")
+    assert server(*command(untold, tmp_path/"run", "--steps", 20, "--resume"))[::2] == (0, "")
+    assert same(tmp_path/"run", plain) and not hidden(tmp_path/"run")
 
 
 def test_a_finished_run_stays_as_it_is(server, untold, plain, tmp_path):
@@ -451,9 +494,11 @@ def test_weights_say_how_they_were_made_and_nothing_of_this_machine(whole, sets)
 
 def test_weights_know_what_they_began_from_also_after_a_stop(server, untold, plain, tmp_path):
     run = tmp_path/"run"
-    words = command(untold, run, "--steps", 6, "--init", plain/"weights.safetensors", "--resume")
+    weights = Path(shutil.copy(plain/"weights.safetensors", tmp_path))
+    words = command(untold, run, "--steps", 6, "--init", weights, "--resume")
     assert server(*words, at=(str(run), "open /log", 1, "signal", "SIGTERM"))[::2] == (0, "")
     begun = load_weights(run/"weights.safetensors")[1]["init"]
+    weights.unlink()   # what is in the checkpoint is not read again
     assert server(*words)[::2] == (0, "")
     assert begun["steps"] == 20 and load_weights(run/"weights.safetensors")[1]["init"] == begun
 
