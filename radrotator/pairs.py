@@ -614,6 +614,7 @@ class PhantomPlan(SetPlan):
     bones: str | None = None    # file of bone surfaces (`phantom.BoneAtlas`)
     atlas_share: float = 0.5    # of the phantoms, where bones are given
     implants: float = 0.1       # share with a hip prosthesis
+    bare: float | None = None   # share that is bone alone; None: as the phantoms fall, 3 of 20
 
 # %% ../nbs/04_pairs.ipynb #4f5b84df
 def phantom_jobs(
@@ -632,8 +633,9 @@ def ct(self: PhantomPlan,
 ) -> CT:       # its volume
     "The phantom of a job, or the bones of a patient of the atlas in soft tissue of their own."
     random = rng(self.seed, job.name, "phantom")
-    if job.source is None: made = member(int(job.name.rsplit("-")[1]), self.seed, bones=self.bones, atlas_share=self.atlas_share, implants=self.implants)
-    else: made = phantom(int(random.integers(2**31)), implant=random.random() < self.implants, bones=self.bones, patient=job.source)
+    soft = None if self.bare is None else rng(self.seed, job.name, "soft").random() >= self.bare
+    if job.source is None: made = member(int(job.name.rsplit("-")[1]), self.seed, bones=self.bones, atlas_share=self.atlas_share, implants=self.implants, soft=soft)
+    else: made = phantom(int(random.integers(2**31)), implant=random.random() < self.implants, bones=self.bones, patient=job.source, soft=soft)
     return replace(made, labels=None, name=job.name)
 
 # %% ../nbs/04_pairs.ipynb #98b4af44

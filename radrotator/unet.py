@@ -247,7 +247,7 @@ def turn_planes(
     by_u, by_w, still = homographies[:, :, None, None].unbind(-1)          # (B, K, 1, 1, 3)
     where = u[..., None]*by_u + w[..., None]*by_w + still                   # no matrix product: autocast would round it and move pixels
     where = where[..., :2]/where[..., 2:] + flow.permute(0, 2, 3, 1)[:, None]
-    return F.grid_sample(layers.reshape(B*K, 1, H, W), where.reshape(B*K, H, W, 2), padding_mode="border", align_corners=False).view(B, K, H, W).sum(1, keepdim=True)
+    return F.grid_sample(layers.reshape(B*K, 1, H, W), where.reshape(B*K, H, W, 2), mode="bicubic", padding_mode="border", align_corners=False).view(B, K, H, W).sum(1, keepdim=True)
 
 # %% ../nbs/07_unet.ipynb #1aaafd83
 class WarpHead(VelocityHead):
