@@ -3,7 +3,7 @@
 # make test       install the dev extra, run every notebook and every test
 # make export     write radrotator/ from the notebooks
 # make notebooks  execute the notebooks and store what they print and draw
-# make readme     write README.md from nbs/index.ipynb
+# make readme     write README.md and MODEL_CARD.md from their notebooks
 # make clean      remove what was made, except .venv and runs/
 
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""Make README.md from nbs/index.ipynb, with nothing executed and the same bytes every time.
+"""Make README.md and MODEL_CARD.md from their notebooks, with nothing executed and the same bytes every time.
 
 nbdev's own `nbdev_readme` needs Quarto, which is in no package registry.
 """
@@ -6,10 +6,11 @@ import argparse, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = {"README.md": "index.ipynb", "MODEL_CARD.md": "model_card.ipynb"}
 
 
 def readme(notebook):
-    "The text of README.md for the notebook at this path"
+    "The text of a page for the notebook at this path"
     import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(notebook, as_version=4)
@@ -40,11 +41,12 @@ def readme(notebook):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md differs")
-    check, path = parser.parse_args().check, ROOT/"README.md"
-    text = readme(ROOT/"nbs"/"index.ipynb")
-    if not check: path.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text: sys.exit("README.md differs from nbs/index.ipynb: run make readme")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    check = parser.parse_args().check
+    for name, notebook in PAGES.items():
+        path, text = ROOT/name, readme(ROOT/"nbs"/notebook)
+        if not check: path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text: sys.exit(f"{name} differs from nbs/{notebook}: run make readme")
 
 
 if __name__ == "__main__": main()

@@ -1,49 +1,37 @@
-"""Judge trained weights on patients of a bone atlas and on real CT, and write them with their report.
+"""Choose the sampling of trained weights, judge them, and write them with their report.
 
-    python benchmarks/ship.py runs/tiny/weights.safetensors --bones pelvis_atlas.npz --ct a.nii.gz --ct b.nii.gz -o tiny.safetensors
+    python benchmarks/ship.py runs/tiny/weights.safetensors --bones pelvis_atlas.npz --cts DIR -o tiny.safetensors --report report
 
-Fold 6 chooses the sampling, fold 7 is judged once with it. What is judged is what ships: the half-precision file.
+Fold 6 chooses the sampling, fold 7 is judged once with it, and so are the CTs. What is judged is what ships: the half-precision file. `radrotator evaluate --weights tiny.safetensors` with the same sources gives the same report.
 """
 import argparse, os, statistics, tempfile, time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from radrotator.ct import read_ct
-from radrotator.evaluate import judge, markdown_table, publish, summary
-from radrotator.phantom import BoneAtlas, phantom
+from radrotator.core import check_output, folder_beside, sha256
+from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, markdown_table, publish, pure_turns, row_of, summary, turned_views, write_report
 from radrotator.radiograph import Radiograph
 from radrotator.rotate import RadRotator
 
-UNSEEN = 2**31  # training draws the seeds of its phantoms below this
-TONES = (None, (1., 1.), (1., 2.), (2., 2.), (4., 2.), (8., 2.))
-SOLVERS = ((1, 1.), (2, 1.), (5, 1.), (10, 1.), (1, 1.5), (1, 2.), (5, 2.), (20, 4.))  # steps, guidance
+TONES = (None, (1., 2.), (2., 2.), (4., 2.))
+SOLVERS = (("ddim", 1, 1.), ("ddim", 2, 1.), ("ddim", 5, 1.), ("ddim", 10, 1.), ("dpm", 5, 1.), ("dpm", 10, 1.), ("ddim", 1, 1.5), ("ddim", 5, 2.), ("ddim", 20, 4.))  # solver, steps, guidance
 
 
-def patients(atlas, fold, soft, bodies=1):
-    "The atlas's patients of one fold, each in one or more synthetic bodies"
-    for row in np.flatnonzero(atlas.folds == fold):
-        for body in range(bodies):
-            yield replace(phantom(UNSEEN + 100*int(row) + body, bones=atlas, patient=int(row), soft=soft), name=f"atlas {row}")
-
-
-def choose(model, cts):
-    "Try tones, then solvers; the sampling with the best mean skill about x and z, and all that was tried"
-    tried = []
-    def trial(angles, **sampling):
+def choose(model, patients):
+    "Try tones, then solvers; the sampling with the best mean skill about x and z beyond 5°, and all that was tried"
+    tried, turns = [], pure_turns((7.5, 12))
+    volumes = [(patient, patient.make()) for patient in patients]
+    def trial(**sampling):
         model.about["sampling"] = sampling
-        rows = {r["axis"]: r for r in summary([r for kind in cts.values() for r in judge(model, kind, angles)], ((5, 15),))}
-        tried.append(dict(degrees=str(angles), steps=sampling["steps"], guidance=sampling["guidance"], tone=str(sampling["tone"]), x=rows["x"]["skill"], z=rows["z"]["skill"]))
+        rows = [row_of(view, "model") for patient, ct in volumes for view in turned_views(model, ct, turns, f"{patient.group}, {patient.name}")]
+        lines = {line["axis"]: line for line in summary(rows, ("axis",))}
+        tried.append({name: str(value) for name, value in sampling.items()} | {f"skill {axis}": lines[axis]["skill"] for axis in "xyz"} | {"sharpness x": lines["x"]["sharpness"], "sharpness z": lines["z"]["sharpness"]})
         print(tried[-1], flush=True)
-        return rows["x"]["skill"] + rows["z"]["skill"]
-    tone = max(TONES, key=lambda tone: trial((7.5, 12, 14), steps=1, guidance=1., tone=tone))
-    best = max(SOLVERS, key=lambda s: trial((12,), steps=s[0], guidance=s[1], tone=tone))
-    return dict(steps=best[0], guidance=best[1], tone=tone and list(tone)), tried
-
-
-def rounded(rows):
-    return [{key: round(float(value), 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+        return lines["x"]["skill"] + lines["z"]["skill"]
+    first = dict(zip(("solver", "steps", "guidance"), SOLVERS[0]))
+    tone = max(TONES, key=lambda tone: trial(**first, tone=tone and list(tone)))
+    return max((dict(zip(first, way)) | dict(tone=tone and list(tone)) for way in SOLVERS), key=lambda sampling: trial(**sampling)), tried
 
 
 def seconds_per_view(model, views=15):
@@ -58,26 +46,33 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--bones", type=Path, required=True)
-    parser.add_argument("--ct", type=Path, action="append", default=[])
+    parser.add_argument("--cts", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--report", type=Path, required=True, help="folder of the report")
     args = parser.parse_args()
-    atlas = BoneAtlas.read(args.bones)
+    check_output(args.report)
     with tempfile.TemporaryDirectory() as folder:
         half = Path(folder)/"half.safetensors"
-        publish(RadRotator.from_file(args.weights), half, {}, {})
-        model = RadRotator.from_file(half)
-    kinds = dict(soft=True, bone=False)
-    sampling, tried = choose(model, {kind: list(patients(atlas, 6, soft)) for kind, soft in kinds.items()})
-    model.about["sampling"] = sampling
-    angles = (1, 3.5, 7.5, 12, 14)
-    report = {"atlas patients, fold 7, soft tissue": judge(model, patients(atlas, 7, True, bodies=2), angles),
-              "atlas patients, fold 7, bone only": judge(model, patients(atlas, 7, False), angles)}
-    if args.ct: report["real pelvis CT, bone only"] = judge(model, (replace(read_ct(path).resample(2.), name=f"ct {i}") for i, path in enumerate(args.ct)), angles)
-    report = {name: rounded(summary(rows)) for name, rows in report.items()}
-    for name, rows in report.items(): print(f"\n{name}\n\n{markdown_table(rows)}")
-    model.about |= dict(seconds_per_view=seconds_per_view(model))
-    print(f"\nsampling {sampling}, {model.about['seconds_per_view']:.3f} s a view on {len(os.sched_getaffinity(0))} cores")
-    publish(model, args.out, sampling, report | {"sampling tried on fold 6": rounded(tried)})
+        publish(RadRotator.from_file(args.weights, "cpu"), half, {}, {})
+        model = RadRotator.from_file(half, "cpu")
+    sampling, tried = choose(model, atlas_patients(args.bones, fold=6))
+    print(f"\nchosen on fold 6: {sampling}\n")
+    model.about |= dict(sampling=sampling, seconds_per_view=seconds_per_view(model), cores=len(os.sched_getaffinity(0)))
+    began = time.perf_counter()
+    found = judge(model, atlas_patients(args.bones) + (ct_patients(args.cts) if args.cts else []), Questions(), progress=report_as_they_come)
+    with folder_beside(args.report) as folder:
+        known = write_report(folder, found, dict(weights=args.out.name, questions=vars(Questions()), sampling=sampling, seconds=round(time.perf_counter() - began), made=model.about))
+    report = {group: {key: figures[key] for key in ("patients", "headline", "styles")} for group, figures in known["groups"].items()}
+    for group, figures in report.items(): print(f"\n{group}\n\n{markdown_table(figures['headline'])}\n\n{markdown_table(figures['styles'])}")
+    publish(model, args.out, sampling, report | {"sampling tried on fold 6": tried})
+    print(f"\n{args.out}: {sha256(args.out)}, {model.about['seconds_per_view']:.3f} s a view on {model.about['cores']} cores")
+
+
+def report_as_they_come(patients, total):
+    "Say how far the judge is"
+    for i, patient in enumerate(patients, 1):
+        print(f"{i}/{total} {patient.group}, {patient.name}", flush=True)
+        yield patient
 
 
 if __name__ == "__main__": main()

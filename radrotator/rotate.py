@@ -18,7 +18,7 @@ from .core import RadRotatorError
 from .drr import AXES, LIMIT, check_angles
 from .radiograph import Radiograph, read_radiograph, restore
 from .sample import SOLVERS, fixed_noise, guided, time_steps
-from .transforms import from_signed, kumaraswamy, match_histogram, through_curve, to_signed
+from .transforms import TransformConfig, from_signed, kumaraswamy, match_histogram, through_curve, to_signed
 from .unet import UNet, load_weights
 
 # %% ../nbs/11_rotate.ipynb #af88f97c
@@ -49,9 +49,9 @@ class RadRotator:
         return dict(solver="ddim", steps=1, guidance=1.0, tone=None) | self.about.get("sampling", {})
 
     @property
-    def shared_curve(self) -> bool:
-        "Whether these weights were trained with one tone curve for both images of a pair (`TransformConfig`)."
-        return self.about.get("training", {}).get("transforms", {}).get("shared_curve", False)
+    def transforms(self) -> TransformConfig:
+        "What happened to the pairs that these weights were trained on."
+        return TransformConfig(**self.about.get("training", {}).get("transforms", {}))
 
     @classmethod
     def from_file(cls,
@@ -146,7 +146,8 @@ def finish(self: RadRotator,
     radiograph: Radiograph,  # as it was given
 ) -> np.ndarray:             # (H, W) in [0, 1]
     "Back to the radiograph's tones and frame."
-    if not self.shared_curve: return match_histogram(restore(view, frame), radiograph.pixels)
+    if not self.transforms.histogram_shift: return restore(view, frame)
+    if not self.transforms.shared_curve: return match_histogram(restore(view, frame), radiograph.pixels)
     return restore(through_curve(*(torch.from_numpy(a)[None] for a in (view, toned, greys)))[0].numpy(), frame)
 
 # %% ../nbs/11_rotate.ipynb #4a403c8d

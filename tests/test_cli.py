@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from radrotator.cli import PICTURES, TITLE, UNSEEN, main
+from radrotator.cli import PICTURES, TITLE, main
 from radrotator.ct import CT, write_ct
 from radrotator.radiograph import Radiograph
 from radrotator.unet import UNet, UNetConfig, load_weights, save_weights

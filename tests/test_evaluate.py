@@ -1,0 +1,98 @@
+"""The judge as a command: one process or several, whatever is not to be judged, and what a report must not say."""
+import json, os, socket, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from radrotator.cli import main
+from radrotator.ct import read_ct, write_ct
+from radrotator.phantom import phantom
+from radrotator.unet import UNet, UNetConfig, save_weights
+
+ROOT = Path(__file__).parents[1]
+QUIET = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT)))
+FEW = [word for setting in ("angles=0,12", "compound=1", "style=0", "frames=5", "seeds=2") for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights")/"w.safetensors"
+    save_weights(UNet(replace(UNetConfig.tiny(), size=32, channels=8, groups=4)), path, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def cts(tmp_path_factory):
+    "Two patients whose files have telling names"
+    folder = tmp_path_factory.mktemp("cts")
+    for i, name in enumerate(("Mustermann_Erika_1950", "Doe_John_1948")): write_ct(replace(phantom(2**31 + i, spacing=6.0), labels=None), folder/f"{name}.nii.gz")
+    return folder
+
+
+def refused(capsys, out, *words):
+    "What the command says as it refuses, in one sentence"
+    assert main(["evaluate", "-o", str(out), "--device", "cpu", *map(str, words)]) == 2
+    said = capsys.readouterr()
+    assert said.err and "Traceback" not in said.err and said.err.splitlines()[-1].startswith("radrotator: ")
+    assert not [path for path in out.parent.iterdir() if path.name.startswith((f".{out.name}", out.name))]   # nothing half-written
+    return said.err
+
+
+def test_two_processes_find_what_one_finds(weights, cts, tmp_path):
+    with socket.socket() as free:
+        free.bind(("", 0)); port = str(free.getsockname()[1])
+    words = lambda out: [sys.executable, "-m", "radrotator.cli", "evaluate", "-o", str(tmp_path/out), "--cts", str(cts), "--phantoms", "1", "--weights", str(weights), "--device", "cpu", *FEW]
+    together = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    running = [subprocess.Popen(words("two"), env=os.environ | QUIET | together | dict(RANK=str(i), LOCAL_RANK=str(i)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    running.append(subprocess.Popen(words("one"), env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0]*3, said
+    one, two = (json.loads((tmp_path/name/"report.json").read_text()) for name in ("one", "two"))
+    assert one["groups"] == two["groups"] and (one["about"]["processes"], two["about"]["processes"]) == (1, 2)
+    assert list(one["groups"]) == ["real CT", "phantoms"] and one["groups"]["real CT"]["patients"] == ["CT 1", "CT 2"]
+    for text in [*said[2], (tmp_path/"one"/"report.html").read_text(), json.dumps(one)]:
+        assert not any(name in text for name in ("Mustermann", "Doe_John", str(cts), str(tmp_path/"x")[:-2]))
+
+
+def test_only_the_test_fold_of_a_folder_is_judged(weights, cts, capsys):
+    from radrotator.evaluate import ct_patients
+    table = cts/"folds.csv"
+    table.write_text("name,patient,fold\nMustermann_Erika_1950,a,1\nDoe_John_1948,b,7\n")
+    try:
+        patient, = ct_patients(cts)
+        assert np.array_equal(patient.make().hu, read_ct(cts/"Doe_John_1948.nii.gz").resample(2.0).hu)
+        table.write_text("name,patient,fold\nMustermann_Erika_1950,a,1\nDoe_John_1948,b,2\n")
+        assert "no CT into fold 7" in refused(capsys, cts.parent/"none", "--cts", cts, "--weights", weights)
+    finally: table.unlink()
+
+
+def test_whatever_cannot_be_judged_is_refused(weights, cts, tmp_path, capsys):
+    (tmp_path/"there").mkdir(); (tmp_path/"empty").mkdir()
+    (tmp_path/"text.npz").write_text("no surfaces")
+    case = lambda *words: refused(capsys, tmp_path/"report", *words)
+    assert "nobody to judge" in case("--weights", weights)
+    assert "no weights file" in case("--weights", tmp_path/"none.safetensors", "--phantoms", 1)
+    assert "holds no NIfTI file" in case("--weights", weights, "--cts", tmp_path/"empty")
+    assert "text.npz" in case("--weights", weights, "--bones", tmp_path/"text.npz")
+    assert "no setting 'angle'" in case("--weights", weights, "--phantoms", 1, "--set", "angle=3")
+    assert "cannot be 'many'" in case("--weights", weights, "--phantoms", 1, "--set", "seeds=many")
+    assert "angles = (3, 30)" in case("--weights", weights, "--phantoms", 1, "--set", "angles=3,30")
+    assert "seeds = -1" in case("--weights", weights, "--phantoms", 1, "--set", "seeds=-1")
+    assert main(["evaluate", "-o", str(tmp_path/"there"), "--phantoms", "1", "--weights", str(weights)]) == 2
+    assert "exists already" in capsys.readouterr().err and not list((tmp_path/"there").iterdir())
+
+
+def test_a_volume_too_short_to_be_judged_is_left_out_by_name(weights, tmp_path, capsys):
+    cts = tmp_path/"cts"; cts.mkdir()
+    whole = replace(phantom(2**31, spacing=6.0), labels=None)
+    write_ct(replace(whole, hu=whole.hu[:, :, :12]), cts/"a.nii.gz")
+    words = "--cts", cts, "--weights", weights
+    assert "nobody could be judged" in refused(capsys, tmp_path/"report", *words)
+    write_ct(whole, cts/"b.nii.gz")
+    assert main(["evaluate", "-o", str(tmp_path/"report"), "--device", "cpu", *map(str, words), *FEW]) == 0
+    assert "CT 1 is left out" in capsys.readouterr().err
+    assert json.loads((tmp_path/"report"/"report.json").read_text())["groups"]["real CT"]["patients"] == ["CT 2"]
