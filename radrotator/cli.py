@@ -8,7 +8,7 @@ __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 
            'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar',
            'cores', 'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command',
            'rotate_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
-           'provenance', 'train_command', 'begin', 'run', 'trained', 'report_command', 'patients_of',
+           'provenance', 'train_command', 'here', 'begin', 'run', 'trained', 'report_command', 'patients_of',
            'evaluate_command', 'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows',
            'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text']
 
@@ -487,6 +487,14 @@ def train_command(
     begin(context, out, asked, resume, device, workers, how, math.inf if minutes is None else minutes)
 
 # %% ../nbs/14_cli.ipynb #4b9be15d
+def here(
+    device: str,  # as from `pick_device`
+) -> str:         # "cpu" or "cuda:N"
+    "The device of this process, after it has joined the others."
+    import torch
+    return "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+
+# %% ../nbs/14_cli.ipynb #424776cd
 def begin(
     context: typer.Context,  # of the command
     out: Path,               # folder of the run
@@ -501,7 +509,6 @@ def begin(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")          # before PyTorch is loaded: threads of the renderer that wait would take the time of the network's
     asked = completed(out, asked, resume)
     check_bones(asked.bones)
-    import torch
     from radrotator.rotate import pick_device
     from radrotator.train import Machine, Trainer, checkpoints, initial, join
     config, of_data = recipe_of(asked)
@@ -509,7 +516,7 @@ def begin(
     device = pick_device(device)
     machine = Machine(workers=(1 if device == "cpu" else 4) if workers is None else workers, **how)
     accelerator = join(device)
-    where = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    where = here(device)
     *feeds, named = feeds_of(asked, config, of_data, machine.workers, where, out, bar if accelerator.is_main_process else lambda jobs, total: jobs)
     trainer = Trainer(out, config, *feeds, machine, accelerator, provenance(context, named, where, accelerator.num_processes))
     del feeds[1]                                                # volumes of fold 6 have been looked at
@@ -591,12 +598,13 @@ def evaluate_command(
     from radrotator.evaluate import Questions, judge, write_report
     from radrotator.rotate import pick_device
     from radrotator.train import join, with_settings
-    asked, accelerator, began = with_settings(Questions(seed=seed), questions), join(pick_device(device)), time.perf_counter()
-    model, name = load_model(weights, str(accelerator.device))
+    asked, device, began = with_settings(Questions(seed=seed), questions), pick_device(device), time.perf_counter()
+    accelerator = join(device)
+    model, name = load_model(weights, here(device))
     found = judge(model, patients, asked, accelerator, bar if accelerator.is_main_process else lambda rows, total: rows, steps=steps, guidance=guidance)
     if accelerator.is_main_process:
         about = dict(weights=name, command=command_line(context), commit=commit(), questions=asdict(asked), sampling=model.defaults | {key: value for key, value in dict(steps=steps, guidance=guidance).items() if value is not None},
-                     seconds=round(time.perf_counter() - began), device=str(accelerator.device), processes=accelerator.num_processes, cores=cores(), made=model.about)
+                     seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made=model.about)
         with folder_beside(out) as folder: known = write_report(folder, found, about)
         for group, figures in known["groups"].items(): print(f"\n{group} ({len(figures['patients'])})\n\n{aligned(figures['headline'])}")
         print(f"\nskill = 1 − MSE/MSE(no-op), with its 95 % interval over patients. Open {out/'report.html'}.")
