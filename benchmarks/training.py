@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits is not to count as one that works
 import torch
 
-from radrotator.evaluate import markdown_table
+from radrotator.core import markdown_table
 from radrotator.pairs import TRAIN, Batch, PhantomPlan, phantom_jobs
 from radrotator.train import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
 from radrotator.unet import UNetConfig, count_operations

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'UsageError', 'UNWRITABLE', 'X', 'Y', 'Z', 'Seed', 'Weights', 'Device', 'Bones', 'Out', 'Workers', 'PICTURES',
            'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'start', 'one_line', 'main', 'finite',
-           'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'aligned', 'counted', 'bar',
-           'cores', 'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command',
-           'rotate_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
-           'provenance', 'train_command', 'here', 'begin', 'run', 'trained', 'report_command', 'patients_of',
-           'evaluate_command', 'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows',
-           'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text']
+           'check_name', 'check_parent', 'check_folder', 'check_bones', 'load_model', 'counted', 'bar', 'cores',
+           'phantom_command', 'ingest_command', 'shard_of', 'pairs_command', 'fitted', 'drr_command', 'rotate_command',
+           'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of', 'provenance',
+           'train_command', 'here', 'begin', 'run', 'trained', 'report_command', 'patients_of', 'evaluate_command',
+           'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'write_item',
+           'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import errno, json, math, os, platform, re, shlex, subprocess, sys, time, warnings
@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 import radrotator
-from .core import RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, sha256, write_beside
+from .core import RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, markdown_table, sha256, write_beside
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -137,16 +137,6 @@ def load_model(
     return RadRotator.from_file(weights, device), f"{weights.name} (SHA-256 {sha256(weights)[:12]}…)"
 
 # %% ../nbs/14_cli.ipynb #61439359
-def aligned(
-    rows: list[dict],  # of strings, with the same keys
-) -> str:              # a Markdown table that also reads well in a terminal
-    "A table with columns of even width."
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-"*width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells)
-
-# %% ../nbs/14_cli.ipynb #5934e923
 def counted(
     rows: list[dict],  # with a status, and a reason where they were refused
     meanings: dict,    # reason → what it means
@@ -154,7 +144,7 @@ def counted(
     "How many rows were refused, and why."
     from collections import Counter
     reasons = Counter(row["reason"] for row in rows if row["status"] == "refused")
-    return aligned([dict(refused=str(n), reason=reason, meaning=meanings.get(reason, "")) for reason, n in reasons.most_common()]) + "\n" if reasons else ""
+    return markdown_table([dict(refused=str(n), reason=reason, meaning=meanings.get(reason, "")) for reason, n in reasons.most_common()]) + "\n" if reasons else ""
 
 # %% ../nbs/14_cli.ipynb #f306d8c5
 def bar(
@@ -406,6 +396,7 @@ def commit(
 # %% ../nbs/14_cli.ipynb #b05162de
 def command_line(
     context: typer.Context,  # of the command that runs
+    quiet: tuple = (),       # paths whose names are a user's own affair
 ) -> str:                    # what to type to do the same
     "The command with every option that has a value, and no path of this machine."
     words = context.command_path.split()
@@ -413,7 +404,7 @@ def command_line(
         value = context.params.get(parameter.name)
         if value is True: words.append(parameter.opts[-1])
         for one in value if isinstance(value, (list, tuple)) else [] if value is None or isinstance(value, bool) else [value]:
-            words += [parameter.opts[-1], one.name if isinstance(one, Path) else str(one)]
+            words += [parameter.opts[-1], parameter.name.upper() if parameter.name in quiet else one.name if isinstance(one, Path) else str(one)]
     return shlex.join(words)
 
 # %% ../nbs/14_cli.ipynb #271a0963
@@ -601,12 +592,12 @@ def evaluate_command(
     asked, device, began = with_settings(Questions(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
-    found = judge(model, patients, asked, accelerator, bar if accelerator.is_main_process else lambda rows, total: rows, steps=steps, guidance=guidance)
+    found, left_out = judge(model, patients, asked, accelerator, bar if accelerator.is_main_process else lambda rows, total: rows, steps=steps, guidance=guidance)
     if accelerator.is_main_process:
-        about = dict(weights=name, command=command_line(context), commit=commit(), questions=asdict(asked), sampling=model.defaults | {key: value for key, value in dict(steps=steps, guidance=guidance).items() if value is not None},
-                     seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made=model.about)
+        about = dict(weights=name, left_out=left_out, command=command_line(context, quiet=("cts", "out")), commit=commit(), questions=asdict(asked), sampling=model.defaults | {key: value for key, value in dict(steps=steps, guidance=guidance).items() if value is not None},
+                     seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made={key: value for key, value in model.about.items() if key != "report"})
         with folder_beside(out) as folder: known = write_report(folder, found, about)
-        for group, figures in known["groups"].items(): print(f"\n{group} ({len(figures['patients'])})\n\n{aligned(figures['headline'])}")
+        for group, figures in known["groups"].items(): print(f"\n{group} ({len(figures['patients'])})\n\n{markdown_table(figures['headline'])}")
         print(f"\nskill = 1 − MSE/MSE(no-op), with its 95 % interval over patients. Open {out/'report.html'}.")
     accelerator.end_training()
 
@@ -797,7 +788,7 @@ def demo_text(
     name: str,         # of the weights
 ) -> str:              # Markdown
     "The table, and how to read it."
-    return "\n\n".join([f"Frontal views turned by {TURN:g}° about one axis at a time; weights: {name}.", aligned(rows),
+    return "\n\n".join([f"Frontal views turned by {TURN:g}° about one axis at a time; weights: {name}.", markdown_table(rows),
         "skill = 1 − MSE/MSE(no-op): 1 is perfect, 0 is no better than the input itself, below 0 is worse. PSNR in dB. In the pictures of differences white is 0.2 of the input's range or more.",
         f"The weights know {FAMILIAR} only. Whatever else stands here lies outside what they were trained on: look at the pictures and judge for yourself. Not for diagnosis."])
 

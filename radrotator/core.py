@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RadRotatorError', 'RadRotatorWarning', 'write_beside', 'folder_beside', 'check_output', 'sha256', 'rng', 'deaf',
-           'in_own_group', 'end_with_parent', 'each', 'alone', 'shared_data']
+           'in_own_group', 'end_with_parent', 'each', 'alone', 'markdown_table', 'shared_data']
 
 # %% ../nbs/00_core.ipynb #2a801fc2
 import contextlib, hashlib, multiprocessing.connection, multiprocessing.resource_tracker, os, shutil, signal, tempfile, threading
@@ -176,6 +176,17 @@ def alone(
         except OSError: pass
         yield
     finally: os.close(handle)
+
+# %% ../nbs/00_core.ipynb #f6e9ae03
+def markdown_table(
+    rows: list[dict],  # with the same keys; floats are shown with two decimals
+) -> str:              # lines of a Markdown table
+    "Rows as a table with columns of even width."
+    text = lambda value: f"{value:.2f}" if isinstance(value, (float, np.floating)) else str(value)
+    cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-"*width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells)
 
 # %% ../nbs/00_core.ipynb #720cc480
 def shared_data(

@@ -27,8 +27,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cts(tmp_path_factory):
-    "Two patients whose files have telling names"
-    folder = tmp_path_factory.mktemp("cts")
+    "Two patients whose files, and their folder, have telling names"
+    folder = tmp_path_factory.mktemp("Patient_Mustermann")
     for i, name in enumerate(("Mustermann_Erika_1950", "Doe_John_1948")): write_ct(replace(phantom(2**31 + i, spacing=6.0), labels=None), folder/f"{name}.nii.gz")
     return folder
 
@@ -53,9 +53,10 @@ def test_two_processes_find_what_one_finds(weights, cts, tmp_path):
     assert [process.returncode for process in running] == [0]*3, said
     one, two = (json.loads((tmp_path/name/"report.json").read_text()) for name in ("one", "two"))
     assert one["groups"] == two["groups"] and (one["about"]["processes"], two["about"]["processes"]) == (1, 2)
+    assert {row["method"] for row in one["groups"]["phantoms"]["rows"]} == {"model", "10 steps", "no-op", "best affine (oracle)", "true view"}
     assert list(one["groups"]) == ["real CT", "phantoms"] and one["groups"]["real CT"]["patients"] == ["CT 1", "CT 2"]
     page = (tmp_path/"one"/"report.html").read_text()
-    assert not any(name in text for text in (*said[2], page, json.dumps(one)) for name in ("Mustermann", "Doe_John"))
+    assert not any(name in text for text in (said[2][1], page, json.dumps(one)) for name in ("Mustermann", "Doe_John"))
     assert str(tmp_path.parent) not in page + json.dumps(one)    # nor where things lie on this machine
 
 
@@ -96,4 +97,6 @@ def test_a_volume_too_short_to_be_judged_is_left_out_by_name(weights, tmp_path, 
     write_ct(whole, cts/"b.nii.gz")
     assert main(["evaluate", "-o", str(tmp_path/"report"), "--device", "cpu", *map(str, words), *FEW]) == 0
     assert "CT 1 is left out" in capsys.readouterr().err
-    assert json.loads((tmp_path/"report"/"report.json").read_text())["groups"]["real CT"]["patients"] == ["CT 2"]
+    known = json.loads((tmp_path/"report"/"report.json").read_text())
+    assert known["groups"]["real CT"]["patients"] == ["CT 2"] and known["about"]["left_out"] == ["real CT, CT 1"]
+    assert "real CT, CT 1" in (tmp_path/"report"/"report.html").read_text()
