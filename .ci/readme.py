@@ -35,6 +35,7 @@ def readme(notebook):
     # Links are written from nbs/, where the notebook lies; the README lies one folder above.
     text = re.sub(r'(\]\(|src="|href=")(?!https?:|mailto:|#|/)', r"\1nbs/", text)
     text = text.replace("nbs/../", "")
+    for page, of in PAGES.items(): text = text.replace(f"(nbs/{of})", f"({page})")
     # Three blank lines in a row are nbconvert's, not the author's.
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
 

@@ -57,7 +57,8 @@ def main():
         model = RadRotator.from_file(half, "cpu")
     sampling, tried = choose(model, atlas_patients(args.bones, fold=6))
     print(f"\nchosen on fold 6: {sampling}\n")
-    model.about |= dict(sampling=sampling, seconds_per_view=seconds_per_view(model), cores=len(os.sched_getaffinity(0)))
+    model.about["sampling"] = sampling
+    model.about |= dict(seconds_per_view=seconds_per_view(model), cores=len(os.sched_getaffinity(0)))
     began = time.perf_counter()
     found, left_out = judge(model, atlas_patients(args.bones) + (ct_patients(args.cts) if args.cts else []), Questions(), progress=report_as_they_come)
     with folder_beside(args.report) as folder:

@@ -179,10 +179,10 @@ def alone(
 
 # %% ../nbs/00_core.ipynb #f6e9ae03
 def markdown_table(
-    rows: list[dict],  # with the same keys; floats are shown with two decimals
+    rows: list[dict],  # with the same keys; floats are shown with two decimals, None as a dash
 ) -> str:              # lines of a Markdown table
     "Rows as a table with columns of even width."
-    text = lambda value: f"{value:.2f}" if isinstance(value, (float, np.floating)) else str(value)
+    text = lambda value: f"{value:.2f}" if isinstance(value, (float, np.floating)) else "–" if value is None else str(value)
     cells = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-"*width for width in widths])

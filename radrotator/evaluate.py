@@ -696,11 +696,12 @@ def said(
     key: str,         # of a figure
     digits: int = 2,  # after the point
     unit: str = "",   # behind it
+    bare: bool = False, # without its interval
 ) -> str:             # with its interval, where there is one
     "A figure as it is quoted."
     text = lambda value: f"{value:.{digits}f}"
     if not np.isfinite(line[key]): return "exact" if line[key] > 0 else "–"
-    between = "" if np.isnan(line.get(f"{key}_low", np.nan)) else f" [{text(line[f'{key}_low'])}, {text(line[f'{key}_high'])}]"
+    between = "" if bare or np.isnan(line.get(f"{key}_low", np.nan)) else f" [{text(line[f'{key}_low'])}, {text(line[f'{key}_high'])}]"
     return text(line[key]) + unit + between
 
 # %% ../nbs/12_evaluate.ipynb #26df55f6
@@ -714,8 +715,8 @@ def headline(
     for axis, bin in product(("none", *AXES, "compound"), BINS):
         if (line := of.get((method, axis, bin))) is None: continue
         affine, truth, nothing = (of[rival, axis, bin] for rival in (AFFINE, "true view", "no-op"))
-        found.append({"axis": axis, "degrees": bin, "skill": said(line, "skill"), "worst patient": said(line, "skill_worst")} | ({f"skill, {other}": said(of[other, axis, bin], "skill")} if other else {})
-            | {"affine oracle": said(affine, "skill"), "angle error": said(line, "error", 1, "°"), "floor": said(truth, "error", 1, "°"), "no-op error": said(nothing, "error", 1, "°"), "not judged": f"{line['not_judged']:.0%}", "sharpness": said(line, "sharpness"),
+        found.append({"axis": axis, "degrees": bin, "skill": said(line, "skill"), "worst patient": said(line, "skill_worst")} | ({f"skill, {other}": said(of[other, axis, bin], "skill", bare=True)} if other else {})
+            | {"affine oracle": said(affine, "skill", bare=True), "angle error": said(line, "error", 1, "°"), "floor": said(truth, "error", 1, "°", True), "no-op error": said(nothing, "error", 1, "°", True), "not judged": f"{line['not_judged']:.0%}", "sharpness": said(line, "sharpness"),
                "gradients": said(line, "gradient"), "NCC": said(line, "ncc", 3), "SSIM": said(line, "ssim", 3), "PSNR": said(line, "psnr", 1), "no-op PSNR": said(nothing, "psnr", 1)})
     return found
 
@@ -853,7 +854,7 @@ def glance(
     def box(line, nothing):
         if line is None: return "<td></td>"
         word = verdict(line, nothing)
-        return f'<td style="background:{COLOURS[word]}"><b>{word}</b><br>skill {line["skill"]:.2f}<br>{said(line, "error", 1).split(" ")[0]}° of {nothing["error"]:.1f}° off<br>sharpness {line["sharpness"]:.2f}</td>'
+        return f'<td style="background:{COLOURS[word]}"><b>{word}</b><br>skill {line["skill"]:.2f}<br>{said(line, "error", 1, "°", True)} of {nothing["error"]:.1f}° off<br>sharpness {line["sharpness"]:.2f}</td>'
     rows, names = [], list(BINS)[1:]
     for group, lines in summaries.items():
         of = {(line["method"], line["axis"], line["bin"]): line for line in lines}
