@@ -10,6 +10,7 @@ from PIL import Image
 
 from radrotator.cli import PICTURES, TITLE, main
 from radrotator.ct import CT, write_ct
+from radrotator.evaluate import UNSEEN
 from radrotator.radiograph import Radiograph
 from radrotator.unet import UNet, UNetConfig, load_weights, save_weights
 
