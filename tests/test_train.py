@@ -22,7 +22,7 @@ RECIPE = {"unet.size": "16", "unet.channels": "8", "unet.multipliers": "1,2", "u
           "batch": "16", "every": "5", "validation": "1", "precision": "fp32", "warmup": "10", "decay": "false"}
 FIGURES = "step", "pairs", "loss", "gradient", "rate", "quarantined", "validation", "skill"   # of the log; the others tell the time
 SERVER = """
-import contextlib, gc, io, json, os, re, resource, signal, sys, threading, time, traceback
+import contextlib, gc, io, json, multiprocessing.util, os, re, resource, signal, sys, threading, time, traceback
 from pathlib import Path
 WRITES = os.O_WRONLY | os.O_RDWR
 def children(pid):
@@ -55,6 +55,7 @@ def child(words, out, env={}, at=None, after=None):
     if after: threading.Thread(target=wait_and_act, args=after, daemon=True).start()
     try: code = radrotator.cli.main(words)
     except BaseException: traceback.print_exc(); code = 1
+    multiprocessing.util._run_finalizers()   # what a process does that ends by itself: else semaphores of the readers are told of as leaked
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
 if __name__ == "__main__":  # the processes are forked, since to import torch takes longer than all the rest
