@@ -299,7 +299,7 @@ def from_signed(
 @dataclass(frozen=True)
 class TransformConfig:
     "Which share of the training pairs each transform touches; the paper draws its shares at random and does not state them."
-    histogram_shift: bool = True
+    histogram_shift: float = 1.0  # the paper changes the tones of every pair
     shared_curve: bool = False  # one tone curve for both images of a pair, see `through_curve`; the paper matches each for itself
     margins: float = 0.25
     rectangles: float = 0.25
@@ -312,7 +312,9 @@ def training_transforms(
 ) -> Batch:                                      # in [-1, 1]
     "The paper's three transforms, then the network's range."
     x, y = batch.input, batch.target
-    if config.histogram_shift: x, y = rand_histogram_shift(x, y, generator, shared=config.shared_curve)
+    if config.histogram_shift:
+        touched = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device).to(x.device) < config.histogram_shift
+        x, y = (torch.where(touched, new, old) for new, old in zip(rand_histogram_shift(x, y, generator, shared=config.shared_curve), (x, y)))
     x, y = zero_margins(x, y, generator, config.margins)
     return replace(batch, input=to_signed(random_rectangles(x, generator, config.rectangles)), target=to_signed(y))
 
