@@ -3,6 +3,7 @@
 # make test       install the dev extra, run every notebook and every test
 # make export     write radrotator/ from the notebooks
 # make notebooks  execute the notebooks and store what they print and draw
+# make docs       write the documentation site to _docs/, without Quarto
 # make readme     write README.md and MODEL_CARD.md from their notebooks
 # make clean      remove what was made, except .venv and runs/
 
@@ -16,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 # Notebooks and tests run side by side; more threads than cores would only make them wait for each other.
 test notebooks: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test export notebooks readme clean
+.PHONY: demo test export notebooks docs readme clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/radrotator demo -o demo $(if $(CT),--ct "$(CT)") $(if $(RADIOGRAPH),--radiograph "$(RADIOGRAPH)")
@@ -31,6 +32,9 @@ export: $(DEV)
 notebooks: $(DEV)
 	$(PY) .ci/execute.py
 	$(VENV)/bin/nbdev_export
+
+docs: $(DEV)
+	$(PY) .ci/docs.py
 
 readme: $(DEV)
 	$(PY) .ci/readme.py
