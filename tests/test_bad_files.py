@@ -1,10 +1,12 @@
 """Bad files by the hundred: each is refused in one sentence, without a traceback and without a word of what its header says."""
 import gzip, io, os, struct, zlib
 
+import imagecodecs
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import tifffile
 from PIL import Image
 
 from radrotator.core import RadRotatorError
@@ -24,7 +26,19 @@ def picture(format, **options):
     return file.getvalue()
 
 
-def dicom(modality="DX", compress=None, deflate=False, stored=None, **header):
+def tiled(**options):
+    "A TIFF of tiles, by another library"
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.random.default_rng(0).integers(0, 60000, (64, 48)).astype(np.uint16), tile=(16, 16), photometric="minisblack", **options)
+    return file.getvalue()
+
+
+def lossless(bits=16):
+    "A lossless JPEG stream"
+    return imagecodecs.jpeg8_encode(np.random.default_rng(0).integers(0, 4096, (64, 48)).astype(np.uint16) << (bits - 12), lossless=True, bitspersample=bits)
+
+
+def dicom(modality="DX", compress=None, deflate=False, stored=None, stream=None, **header):
     "A DICOM file, as bytes, with a name in it that must not come out"
     stored = np.random.default_rng(0).integers(0, 4096, (64, 48)).astype(np.uint16) if stored is None else stored
     ds = pydicom.Dataset()
@@ -39,6 +53,7 @@ def dicom(modality="DX", compress=None, deflate=False, stored=None, **header):
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.PixelData = stored.astype("<u2").tobytes()
     for key, value in header.items(): setattr(ds, key, value)
+    if stream: ds.PixelData, ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = pydicom.encaps.encapsulate([stream[1]]), "OB", stream[0]
     if compress: ds.compress(compress)
     if deflate: ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     file = io.BytesIO()
@@ -74,9 +89,12 @@ def cuts(data, fractions=FRACTIONS, last=(1, 2, 13, 100)):
 
 
 PICTURES = {"png": picture("PNG"), "tif": picture("TIFF"), "lzw.tif": picture("TIFF", compression="tiff_lzw"), "jpg": picture("JPEG"),
-            "progressive.jpg": picture("JPEG", progressive=True)}
+            "progressive.jpg": picture("JPEG", progressive=True), "lossless.jpg": lossless(), "tiled.tif": tiled(compression="deflate"),
+            "white is zero.tif": tiled(byteorder=">").replace(b"\x01\x06\0\x03\0\0\0\x01\0\x01", b"\x01\x06\0\x03\0\0\0\x01\0\0")}
 DICOMS = {"raw": dicom(), "j2k": dicom(compress=pydicom.uid.JPEG2000Lossless), "jls": dicom(compress=pydicom.uid.JPEGLSLossless),
-          "rle": dicom(compress=pydicom.uid.RLELossless), "deflated": dicom(deflate=True)}
+          "rle": dicom(compress=pydicom.uid.RLELossless), "deflated": dicom(deflate=True),
+          "jpeg": dicom(stored=np.zeros((64, 48), np.uint8), BitsAllocated=8, BitsStored=8, HighBit=7, stream=(pydicom.uid.JPEGBaseline8Bit, PICTURES["jpg"])),
+          "lossless": dicom(BitsStored=12, HighBit=11, stream=(pydicom.uid.JPEGLosslessSV1, lossless(12)))}
 NIFTIS = {"nii": nifti(), "nii.gz": gzip.compress(nifti(), mtime=0), "2.nii": nifti(kind=nib.Nifti2Image)}
 
 

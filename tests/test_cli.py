@@ -1,20 +1,26 @@
-"""The command as it is typed: what it writes, and that a mistake costs one line, exit status 2, and nothing on disk."""
-import errno, json, os, subprocess, sys
+"""The command as it is typed: what it writes and says, and that a mistake costs one line, exit status 2, and nothing on disk."""
+import contextlib, errno, json, os, pty, re, shlex, signal, subprocess, sys, threading, time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 import torch
+import typer
 from PIL import Image
+from test_bad_files import HEADERS, dicom
 
-from radrotator.cli import PICTURES, TITLE, main
+from radrotator.cli import PICTURES, STORY, TITLE, app, examples_of, main
 from radrotator.ct import CT, write_ct
 from radrotator.evaluate import UNSEEN
 from radrotator.radiograph import Radiograph
 from radrotator.unet import UNet, UNetConfig, load_weights, save_weights
 
 WEIGHTS = "--weights", "untrained.safetensors"
+PROGRAM = sys.executable, "-m", "radrotator.cli"
+NOTEBOOK = Path(__file__).resolve().parents[1]/"nbs"/"14_cli.ipynb"
+COMMANDS = typer.main.get_command(app).commands
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,16 @@ def test_outputs(command, out, here, capfd):
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
+    ("sweep hip.png -o out.avi --weights untrained.safetensors", "end it in .mp4 or .gif"),
+    ("sweep hip.png -o hip.png", "exists already"),
+    ("sweep hip.png -o nowhere/out.mp4", "does not exist"),
+    ("sweep hip.png -o out.mp4 --axis w", "--axis"),
+    ("sweep hip.png -o out.mp4 --span 16 --weights untrained.safetensors", "outside"),
+    ("sweep hip.png -o out.mp4 --span nan --weights untrained.safetensors", "not a number"),
+    ("sweep hip.png -o out.mp4 --frames 1 --weights untrained.safetensors", "from 2 to"),
+    ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
+    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "choose one of ddim"),
+    ("rotate gone.png -o out.png --json", "gone.png"),
     ("train --preset huge -o run", "choose tiny or small or paper"),
     ("train -o run", "one source of pairs, and none was given"),
     ("train -o run --resume", "there is no run in run to go on with"),
@@ -204,13 +220,13 @@ def test_cuda_where_there_is_none(here, capfd):
 
 
 def test_a_fault_of_the_program_is_not_hidden(here, monkeypatch):
-    monkeypatch.setattr("radrotator.radiograph.read_radiograph", lambda path: 1/0)
+    monkeypatch.setattr("radrotator.radiograph.read_radiograph", lambda path, invert: 1/0)
     with pytest.raises(ZeroDivisionError): main(["rotate", "hip.png", "-o", "out.png", *WEIGHTS])
 
 
 @pytest.mark.parametrize("number, file", [(errno.ENOSPC, None), (errno.EACCES, "out.png"), (errno.EROFS, "out.png"), (errno.ENAMETOOLONG, "out.png")])
 def test_a_disk_that_refuses(number, file, here, capfd, monkeypatch):
-    def fail(path): raise OSError(number, "it will not do", file)
+    def fail(path, invert): raise OSError(number, "it will not do", file)
     monkeypatch.setattr("radrotator.radiograph.read_radiograph", fail)
     said(refuse(here, capfd, "rotate", "hip.png", "-o", "out.png", *WEIGHTS), f"{file or 'the disk'}: it will not do")
     number = errno.EIO
@@ -222,14 +238,63 @@ def test_a_folder_that_is_closed(here, capfd, monkeypatch):
     said(refuse(here, capfd, "drr", "body.nii.gz", "-o", "out.png"), "may not write in the folder")
 
 
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    "Radiographs that are none, whatever their headers say"
+    folder = tmp_path_factory.mktemp("hostile")
+    for name, header in HEADERS.items(): (folder/f"{name}.dcm").write_bytes(dicom(**header))
+    return folder
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_every_command_survives_a_hostile_radiograph(name, hostile, here, capfd):
+    for words in (("rotate", hostile/f"{name}.dcm", "-o", "out.png"), ("sweep", hostile/f"{name}.dcm", "-o", "out.mp4"), ("demo", "-o", "demo2", "--radiograph", hostile/f"{name}.dcm")):
+        err = refuse(here, capfd, *words)
+        assert f"{name}.dcm" in err and "SECRET" not in err and "Secret" not in err
+
+
 def test_in_a_process_of_its_own(here):
-    run = lambda *words: subprocess.run([sys.executable, "-m", "radrotator.cli", *words], capture_output=True, text=True, timeout=300)
-    help = run("--help")
-    assert help.returncode == 0 and all(c in help.stdout for c in ("rotate", "drr", "phantom", "train", "demo"))
+    run = lambda *words: subprocess.run([*PROGRAM, *words], capture_output=True, text=True, timeout=300)
     bad = run("rotate", "letter.dcm", "-o", "out.png")
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and not (here/"out.png").exists()
-    good = run("rotate", "hip.dcm", "-o", "alone.png", "--z", "-5", *WEIGHTS)
-    assert (good.returncode, good.stderr) == (0, "") and Image.open(here/"alone.png").size == (80, 96)
+    good = run("rotate", "hip.dcm", "-o", "alone.png", "--z", "-5", "--json", *WEIGHTS)
+    assert (good.returncode, good.stderr) == (0, "") and Image.open(here/"alone.png").size == (80, 96)  # no bar where there is no terminal
+    assert json.loads(good.stdout)["out"] == "alone.png"
+
+
+# Help
+
+
+def test_the_whole_story_in_one_screen():
+    said = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, timeout=300, env=os.environ | dict(COLUMNS="80")).stdout
+    lines = said.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 80 and "not for diagnosis" in said
+    assert sorted(COMMANDS) == sorted(name for names in STORY.values() for name in names)
+    assert re.findall(r"^  [A-Z ].{13}(\w+)  ", said, re.MULTILINE) == [name for names in STORY.values() for name in names]
+    assert said.count("  radrotator ") == 2                               # two examples
+    assert not [line for line in lines[1:] if line.endswith("...")]       # nothing cut off
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(name, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([name, "--help"]) == 0
+    said = capfd.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80 and examples_of(COMMANDS[name]) and all(example in said for example in examples_of(COMMANDS[name]))
+
+
+@pytest.mark.parametrize("example", [example for command in COMMANDS.values() for example in examples_of(command)])
+def test_examples_are_understood(example):
+    _, name, *words = shlex.split(example)
+    COMMANDS[name].make_context(name, words)
+
+
+def test_examples_that_are_cheap_run(here, tmp_path, capfd, monkeypatch):
+    for theirs, ours in {"hip.dcm": "hip.dcm", "hip.png": "hip.png", "pelvis.nii.gz": "body.nii.gz"}.items(): (tmp_path/theirs).write_bytes((here/ours).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    examples = [*examples_of(COMMANDS["rotate"]), examples_of(COMMANDS["sweep"])[1], examples_of(COMMANDS["drr"])[0], *examples_of(COMMANDS["doctor"])]
+    for example in examples: assert main(shlex.split(example)[1:]) == 0, capfd.readouterr().err
+    assert {"turned.dcm", "turned.png", "sweep.gif", "frontal.png"} < {path.name for path in tmp_path.iterdir()}
 
 
 def test_help_does_not_wait_for_pytorch():
@@ -313,3 +378,216 @@ def test_demo_twice(here, capfd, monkeypatch):
     assert "as given" in made("radiograph1_input.png") and "DRR" in made("ct1_input.png") and "synthetic" in made("ct1_x12_rotated.png")
     (here/"demo"/"notes.txt").write_text("mine")
     said(refuse(here, capfd, "demo", "-o", "demo", *WEIGHTS), "no demo wrote")
+
+
+# Sweeps
+
+
+def test_sweep_of_every_kind(here, capfd):
+    few = "--frames", 5, *WEIGHTS
+    assert "from -3° to 3°" in accept(capfd, "sweep", "hip.dcm", "-o", "turn.mp4", "--axis", "x", "--span", 3, "--label", *few)
+    accept(capfd, "sweep", "hip.dcm", "-o", "turn.gif", "--crop", "--bounce", *few)
+    accept(capfd, "sweep", "hip.dcm", "-o", "turn", "--invert", *few)
+    import imageio_ffmpeg
+    assert imageio_ffmpeg.count_frames_and_secs("turn.mp4")[0] == 5 and Image.open("turn.gif").n_frames == 8
+    assert len([*Path("turn").glob("*.png")]) == 5 and not [p for p in here.iterdir() if p.name.startswith(".")]
+
+
+def test_how_a_radiograph_is_read_and_marked(here, capfd):
+    Radiograph(1 - Radiograph.read("hip.png").pixels).write("negative.png")
+    for name, words in {"as_is": ["hip.png"], "inverted": ["negative.png", "--invert"], "marked": ["hip.png", "--mark"]}.items(): accept(capfd, "rotate", *words, "-o", f"{name}.png", "--z", 4, *WEIGHTS)
+    as_is, inverted, marked = (Radiograph.read(f"{name}.png").pixels for name in ("as_is", "inverted", "marked"))
+    assert np.abs(as_is - inverted).max() < 0.01 and np.abs(as_is - marked).max() > 0.5
+    accept(capfd, "rotate", "hip.png", "-o", "bare.dcm", "--no-mark", *WEIGHTS)
+    assert pydicom.dcmread("bare.dcm").BurnedInAnnotation == "NO"
+
+
+def test_what_the_weights_do_not_know_is_turned_with_a_warning(here, capfd, monkeypatch):
+    monkeypatch.setattr("radrotator.rotate.RadRotator.unfamiliar", lambda self, radiograph: "this looks like a horse; judge for yourself", raising=False)
+    for words in ("rotate", "-o", "horse.png"), ("sweep", "-o", "horse.gif", "--frames", 2):
+        assert main([*map(str, words), "hip.png", "--json", *WEIGHTS]) == 0
+        out, err = capfd.readouterr()
+        assert err == "radrotator: this looks like a horse; judge for yourself\n" and "horse; judge" in json.loads(out)["unfamiliar"]
+
+
+# JSON
+
+
+def documented():
+    "Command → words of its row in the table of the notebook"
+    text = "".join(line for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown" for line in cell["source"])
+    return {name: set(re.findall(r"`(\w+)`", row)) for name, row in re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)}
+
+
+FEW = "--set angles=0,12 --set compound=0 --set style=0 --set frames=0 --set seeds=0"
+LINES = {
+    "phantom": "phantom -o json/p.nii.gz --spacing 8", "drr": "drr body.nii.gz -o json/d.png --size 32 --kvp 80", "rotate": "rotate hip.dcm -o json/r.dcm --z 3 --weights untrained.safetensors --crop",
+    "sweep": "sweep hip.png -o json/s --frames 2 --weights untrained.safetensors", "ingest": "ingest json/a.nii.gz json/b.nii.gz -o json/cts --min-slices 2 --max-thickness 10 --spacing 8 --no-coverage --workers 1",
+    "pairs": "pairs json/cts -o json/sets --drrs 3 --size 16",
+    "train": f"train --phantoms 1 --steps 1 -o json/run {' '.join(SMALL)}", "report": "report json/run", "evaluate": f"evaluate --cts json/one -o json/judged --weights untrained.safetensors --device cpu {FEW}",
+    "convert": "convert json/theirs.ckpt -o json/c.safetensors --size 32 --heads 2", "demo": "demo -o json/demo --radiograph hip.png --weights untrained.safetensors", "doctor": "doctor",
+}
+
+
+@pytest.fixture
+def material(here, monkeypatch):
+    "What these lines read"
+    import radrotator.phantom
+    from radrotator.ct import read_ct
+    from radrotator.unet import to_mediffusion
+    coarse = radrotator.phantom.phantom
+    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
+    if (here/"json").exists(): return
+    (here/"json").mkdir()
+    write_ct(CT(read_ct("body.nii.gz").hu, np.diag([8.0, 8, 6, 1])), "json/a.nii.gz")
+    Path("json/one").mkdir()
+    Path("json/one/a.nii.gz").write_bytes(Path("json/a.nii.gz").read_bytes())
+    Path("json/b.nii.gz").write_bytes(Path("json/a.nii.gz").read_bytes()[:3000])
+    torch.save(dict(state_dict=to_mediffusion(UNet(UNetConfig(size=32, channels=32, multipliers=(1, 2), blocks=1, attention=(2,), heads=2)))), "json/theirs.ckpt")
+
+
+def test_one_json_object_and_nothing_else(here, material, capfd):
+    words, known = documented(), {}
+    assert LINES.keys() == COMMANDS.keys() == words.keys()
+    words["sweep"] |= words["rotate"]
+    LINES["convert"] += " --no-ema"
+    for name, line in LINES.items():
+        assert main([*line.split(), "--json"]) == (1 if name == "ingest" else 0), capfd.readouterr().err   # one of its files is cut short
+        known[name] = json.loads(capfd.readouterr().out, parse_constant=pytest.fail)                       # no NaN
+        assert known[name].pop("command") == name and known[name].keys() <= words[name], known[name].keys() - words[name]
+        assert all((here/known[name][key]).exists() for key in ("out", "report", "labels", "run", "data") if key in known[name])
+    assert (known["ingest"]["series"], known["ingest"]["accepted"], known["ingest"]["refused"]) == (2, 1, dict(UNREADABLE=1))
+    assert (known["pairs"]["made"], known["pairs"]["drrs"]) == (1, 3)
+    assert (known["rotate"]["z"], known["rotate"]["size"], known["rotate"]["spacing"]) == (3, [96, 80], [0.5, 0.5])
+    assert (known["train"]["step"], known["train"]["end"], known["train"]["best"]["step"]) == (1, "steps", 1)
+    assert {row["axis"] for row in known["evaluate"]["groups"]["real CT"]["headline"]} >= {"x", "y", "z"}
+    assert [row["axis"] for row in known["demo"]["rows"]] == [*"xyz"]*3 and known["demo"]["rows"][0]["psnr"] > 10 and known["demo"]["rows"][-1]["psnr"] is None
+
+
+# The doctor
+
+
+def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: Path(torch.__file__).parents[3])    # as if all were installed in somebody's home
+    assert main(["doctor"]) == 0
+    said = capfd.readouterr().out
+    assert f"torch {torch.__version__}" in said and "weights tiny" in said and "turn of a drawn pelvis" in said and str(Path.home()) not in said and str(Path.cwd()) not in said
+    monkeypatch.setattr("radrotator.rotate.has_encoder", lambda: False)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package)))
+    assert main(["doctor", "--json"]) == 0                                        # none of this is needed to rotate
+    missing = {check["name"]: check for check in json.loads(capfd.readouterr().out)["checks"] if check["found"] is None}
+    assert {"video (H.264)", "spectra of a real beam"} <= missing.keys() and all(check["without"] and check["remedy"] for check in missing.values())
+
+
+def test_the_doctor_finds_damaged_weights(capfd, monkeypatch, tmp_path):
+    for module in "importlib.resources", "radrotator.rotate": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
+    (tmp_path/"weights").mkdir()
+    (tmp_path/"weights"/"tiny.safetensors").write_text("damaged")
+    assert main(["doctor"]) == 1
+    said = capfd.readouterr().out
+    assert said.count("NEEDED  ") == 2 and "not a readable .safetensors" in said and "pip install" in said and str(tmp_path) not in said
+
+
+# Terminals, pipes and Ctrl-C
+
+
+@contextlib.contextmanager
+def at_a_terminal(*words, **options):
+    "A command whose error stream is a terminal, and what is seen there"
+    ours, theirs = pty.openpty()
+    seen = []
+    def read():
+        with contextlib.suppress(OSError):                                        # Linux: an end that is closed
+            while said := os.read(ours, 65536): seen.append(said.decode(errors="replace"))
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with subprocess.Popen([*PROGRAM, *map(str, words)], stdout=subprocess.PIPE, stderr=theirs, text=True, start_new_session=True, **options) as process:
+        os.close(theirs)
+        yield process, seen
+        if process.poll() is None: process.kill()
+    reader.join(5)
+    os.close(ours)
+
+
+def test_a_bar_on_a_terminal_and_only_there(here):
+    with at_a_terminal("rotate", "hip.png", "-o", "bar.png", "--steps", 4, *WEIGHTS) as (process, seen):
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.startswith("wrote bar.png") and out.count("\n") == 1 and "\x1b" not in out
+    assert "loading the weights" in "".join(seen) and "turning" in "".join(seen) and "4/4" in "".join(seen)
+
+
+def test_ctrl_c(here, tmp_path, monkeypatch):
+    for name in ("hip.png", "untrained.safetensors"): (tmp_path/name).write_bytes((here/name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    words = "sweep", "hip.png", "-o", "long.gif", "--frames", 33, "--steps", 10, *WEIGHTS
+    with at_a_terminal(*words) as (process, seen):
+        for _ in range(6000):
+            if any(tmp_path.glob(".long.gif.frames/[0-9]*.png")) or process.poll() is not None: break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=300)
+    said = re.sub(r"\x1b\[[\d;?]*\w", "", "".join(seen))
+    assert (process.returncode, out) == (130, "") and "Traceback" not in said and said.splitlines()[-1].endswith("radrotator: stopped; the same command with --resume goes on with the frames that are finished")
+    assert {path.name for path in tmp_path.iterdir()} == {"hip.png", "untrained.safetensors", ".long.gif.frames"}
+    assert main([*map(str, words), "--resume"]) == 0 and Image.open("long.gif").n_frames == 33
+    with at_a_terminal("rotate", "hip.png", "-o", "long.png", "--steps", 1000, *WEIGHTS) as (process, seen):
+        for _ in range(6000):
+            if "turning" in "".join(seen) or process.poll() is not None: break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(300) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"hip.png", "untrained.safetensors", "long.gif"}
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["doctor"]], ids=" ".join)
+def test_nobody_listens(words, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*PROGRAM, *words], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_fault_of_the_program_has_status_1(here):
+    fault = "import sys, radrotator.radiograph as r; from radrotator.cli import main; r.read_radiograph = None; sys.exit(main(['rotate', 'hip.png', '-o', 'out.png']))"
+    done = subprocess.run([sys.executable, "-c", fault], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "TypeError" in done.stderr and not (here/"out.png").exists()
+
+
+# Completion
+
+
+BASH = """
+eval "$(radrotator --show-completion)"
+tab() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _radrotator_completion radrotator; echo "${COMPREPLY[*]}"; }
+tab radrotator sw
+tab radrotator rotate --no-m
+tab radrotator sweep hip.png --axis ''
+tab radrotator rotate hip.png --solver dd
+tab radrotator rotate hip.png --device cu
+tab radrotator train --preset ''
+tab radrotator rotate h
+complete -p radrotator
+"""
+
+
+def test_completion_in_bash(here, tmp_path):
+    (tmp_path/"radrotator").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m radrotator.cli "$@"\n')
+    (tmp_path/"radrotator").chmod(0o755)
+    done = subprocess.run(["bash", "--norc", "-c", BASH], capture_output=True, text=True, timeout=300, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    *said, files, how = done.stdout.splitlines()
+    assert [line.split() for line in said] == [["sweep"], ["--no-mark"], ["x", "y", "z"], ["ddim", "ddpm"], ["cuda"], ["tiny", "small", "paper"]], done.stderr
+    assert files == "" and "-o default" in how                       # bash itself completes files, where we have nothing to offer
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_by_protocol(shell):
+    asked = dict(_RADROTATOR_COMPLETE=f"complete_{shell}", _TYPER_COMPLETE_ARGS="radrotator ev", _TYPER_COMPLETE_FISH_ACTION="get-args")
+    assert "evaluate" in subprocess.run(PROGRAM, capture_output=True, text=True, timeout=300, env=os.environ | asked).stdout
+
+
+def test_what_is_completed_is_what_can_be_chosen():
+    from radrotator.sample import SOLVERS
+    from radrotator.train import PRESETS
+    offered = lambda name, option: [item.value for item in next(p for p in COMMANDS[name].params if option in p.opts).shell_complete(COMMANDS[name].make_context(name, [], resilient_parsing=True), "")]
+    assert offered("rotate", "--solver") == [*SOLVERS] and offered("train", "--preset") == [*PRESETS]

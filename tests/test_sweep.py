@@ -1,0 +1,432 @@
+"""Films of a sweep: what players and readers find in them, and that an interruption at any moment costs no more than the frames that were under way."""
+import base64, csv, hashlib, json, multiprocessing, os, shutil, signal, subprocess, warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from imageio_ffmpeg import get_ffmpeg_exe, read_frames
+from PIL import Image
+
+from radrotator import rotate
+from radrotator.core import RadRotatorError, RadRotatorWarning, alone
+from radrotator.radiograph import Radiograph
+from radrotator.rotate import RadRotator, captioned, eight_bits, for_film, montage
+from radrotator.unet import UNet, UNetConfig
+
+FRAMES = 11  # of the sweeps here: two batches of four, and three frames
+
+
+def model_of(seed=0):
+    "An untrained network of 32² pixels, which turns the picture in its plane as a trained one does"
+    torch.set_num_threads(1)  # the order of sums is that of other processes, too
+    torch.manual_seed(seed)
+    return RadRotator(UNet(replace(UNetConfig.tiny(), size=32, channels=8)), {})
+
+
+def picture(height=75, width=60, spacing=None):
+    "A bright ring and two blobs"
+    row, column = np.mgrid[-1:1:height*1j, -1:1:width*1j]
+    pixels = 0.7*np.exp(-((np.hypot(row, column) - 0.5)/0.15)**2) + 0.6*np.exp(-((row - 0.3)**2 + (abs(column) - 0.6)**2)/0.02)
+    return Radiograph(np.clip(0.1 + 0.6*pixels, 0, 1), spacing, "Doe^Jane.dcm")
+
+
+def write(path, model=None, **asked):
+    "The sweep that all tests are about"
+    return (model or model_of()).write_sweep(picture(), path, **dict(axis="y", frames=FRAMES, batch=4) | asked)
+
+
+def film(path):
+    "Its frames, (N, H, W) in grey, and what ffmpeg says of it"
+    reader = read_frames(path, "gray", bits_per_pixel=8)
+    said = next(reader)
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(said["size"][::-1]) for frame in reader]), said
+
+
+def moving_picture(path):
+    "The frames of a GIF, and the milliseconds that each stands"
+    with Image.open(path) as image:
+        frames, times = [], []
+        for i in range(image.n_frames):
+            image.seek(i)
+            frames.append(np.asarray(image.convert("L"))); times.append(image.info["duration"])
+    return np.stack(frames), times
+
+
+def content(path):
+    "What a result holds, to be compared"
+    if path.is_dir(): return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+    return (film(path)[0] if path.suffix == ".mp4" else moving_picture(path)[0]).tobytes()
+
+
+def names(folder):
+    "Everything in a folder, hidden or not"
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "One result of each kind, never interrupted: by its ending"
+    folder = tmp_path_factory.mktemp("whole")
+    return {kind: write(folder/f"turn{kind}") for kind in (".mp4", ".gif", "")}
+
+
+# What is in a film
+
+def test_a_video_is_what_players_know(tmp_path):
+    "H.264, yuv420p, ten seconds of 30 frames each, even sides, its index in front, and greys as they were"
+    model = model_of()
+    path = model.write_sweep(picture(), tmp_path/"turn.mp4", axis="y")
+    frames, said = film(path)
+    assert said["codec"] == "h264" and said["pix_fmt"].startswith("yuv420p(tv, bt709") and said["fps"] == 30 and said["duration"] == 10
+    assert frames.shape == (300, 76, 60)
+    views = np.stack([view.pixels for view in model.sweep(picture(), "y")])
+    assert np.sqrt(np.mean((frames[:, :75] - 255*views)**2, axis=(1, 2))).max() < 2
+    assert frames[:, 75].max() < 30  # the row that makes it even is black, but for what spills over
+    data = path.read_bytes()
+    assert data.find(b"moov") < data.find(b"mdat")
+
+
+def test_metadata_say_what_it_is_and_nothing_of_the_patient(whole, tmp_path):
+    said = subprocess.run([get_ffmpeg_exe(), "-hide_banner", "-i", whole[".mp4"]], capture_output=True, text=True).stderr
+    assert "SYNTHETIC, not for diagnosis" in said and "turned about y from -15° to 15°" in said and f"weights {model_of().fingerprint()[:12]}" in said
+    with Image.open(whole[".gif"]) as image: assert b"SYNTHETIC, not for diagnosis" in image.info["comment"]
+    with Image.open(whole[""]/"003.png") as image: assert image.info["Description"].startswith("SYNTHETIC, not for diagnosis. y = −6.0°;")
+    for path in (whole[".mp4"], whole[".gif"], *whole[""].iterdir()): assert b"Doe" not in path.read_bytes()
+
+
+def test_a_gif_takes_as_long_as_the_video(whole):
+    frames, times = moving_picture(whole[".gif"])
+    assert set(times) == {30, 40} and abs(sum(times) - 1000*FRAMES/30) <= 5
+    assert np.array_equal(frames, [eight_bits(path) for path in sorted(whole[""].glob("*.png"))])  # no grey is lost
+    with Image.open(whole[".gif"]) as image: assert image.info["loop"] == 0
+
+
+def test_frames_are_the_views_of_a_sweep(whole):
+    assert names(whole[""]) == [*(f"{i:03}.png" for i in range(FRAMES)), "angles.csv"]
+    views = model_of().sweep(picture(), "y", np.linspace(-15, 15, FRAMES), batch=4)
+    for i, view in enumerate(views):
+        with Image.open(whole[""]/f"{i:03}.png") as image: assert image.mode.startswith("I;16") and np.array_equal(np.asarray(image), np.rint(view.pixels*65535))
+    rows = list(csv.DictReader(open(whole[""]/"angles.csv")))
+    assert [(row["frame"], row["axis"], float(row["degrees"])) for row in rows] == [(f"{i:03}.png", "y", 3.0*i - 15) for i in range(FRAMES)]
+
+
+def test_there_and_back(tmp_path):
+    frames, _ = moving_picture(write(tmp_path/"turn.gif", frames=4, bounce=True))
+    assert len(frames) == 6 and np.array_equal(frames[4:], frames[[2, 1]])
+
+
+def test_a_large_radiograph_is_scaled_down_for_a_film_only(tmp_path):
+    large = picture(1200, 1120)
+    assert film(model_of().write_sweep(large, tmp_path/"turn.mp4", frames=2))[0].shape == (2, 1080, 1008)
+    with Image.open(model_of().write_sweep(large, tmp_path/"turn", frames=2)/"000.png") as image: assert image.size == (1120, 1200)
+    assert np.abs(for_film(large).pixels[::4, ::4] - picture(1080, 1008).pixels[::4, ::4]).max() < 0.01
+
+
+def test_pixels_that_are_not_square_are_shown_as_they_are(tmp_path):
+    "A disc, stored at half as many rows as columns, is a disc again"
+    row, column = np.mgrid[-1:1:50j, -1:1:100j]
+    disc = Radiograph(np.hypot(row, column) < 0.8, (0.4, 0.2))
+    shown, _ = film(model_of().write_sweep(disc, tmp_path/"turn.mp4", frames=2, span=0))
+    assert shown.shape[1:] == (100, 100)
+    across = [np.ptp(np.flatnonzero(shown[0].max(axis=axis) > 128)) for axis in (0, 1)]
+    assert abs(across[0] - across[1]) <= 4 and across[0] > 70
+
+
+@pytest.mark.parametrize("size", [64, 300, 3000])
+def test_a_caption_can_be_read(size):
+    "Enough black and white, in the lower left, on any background; elsewhere nothing is touched"
+    for grey in (0, 0.5, 1):
+        given = np.full((size, size), grey, np.float32)
+        shown = captioned(given, "z = −12.3°\nSYNTHETIC")
+        rows, columns = np.nonzero(shown != given)
+        assert rows.min() > size/2 and rows.max() < size and columns.max() < 0.9*size and columns.min() > 0
+        assert (np.ptp(rows) + 1)/2 > 8                         # letters are at least seven pixels high, with an edge
+        box = shown[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+        assert 0.1 < (box > 0.7).mean() < 0.9 or grey == 1 and 0.1 < (box < 0.3).mean() < 0.9
+    assert not np.array_equal(shown, captioned(given, "z = +12.3°\nSYNTHETIC"))
+
+
+def test_the_label_is_in_the_frame(tmp_path, whole):
+    labelled = content(write(tmp_path/"turn", label=True))
+    plain = [eight_bits(whole[""]/f"{i:03}.png") for i in (0, 1)]
+    shown = [eight_bits(tmp_path/"turn"/f"{i:03}.png") for i in (0, 1)]
+    assert all(np.array_equal(a[:30], b[:30]) and not np.array_equal(a[40:], b[40:]) for a, b in zip(plain, shown))
+    assert len(labelled) == FRAMES + 1
+
+
+def test_a_browser_plays_it(whole, browser):
+    "It finds a duration and a size, goes to a moment of the film, and shows it"
+    page = browser.new_page()
+    found = page.evaluate("""async source => {
+        const video = document.createElement('video'), met = name => new Promise((good, bad) => { video['on' + name] = good; video.onerror = () => bad(video.error.message); });
+        video.muted = true; let event = met('loadeddata'); video.src = source; await event;
+        event = met('seeked'); video.currentTime = 0.2; await event;
+        const canvas = document.createElement('canvas'); [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+        const brush = canvas.getContext('2d'); brush.drawImage(video, 0, 0);
+        return [video.duration, video.videoWidth, video.videoHeight, [...brush.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 == 0)];
+    }""", "data:video/mp4;base64," + base64.b64encode(whole[".mp4"].read_bytes()).decode())  # a script may not read pixels of a file
+    page.close()
+    assert found[:3] == [pytest.approx(FRAMES/30, abs=0.01), 60, 76]
+    shown = np.array(found[3]).reshape(76, 60)
+    errors = [np.sqrt(np.mean((shown - frame)**2)) for frame in film(whole[".mp4"])[0].astype(float)]
+    assert min(errors) < 3 and np.argmin(errors) in (5, 6)     # 0.2 s are six frames
+
+
+# Interrupted and resumed
+
+def work(path, killed_at=None, resume=False, **asked):
+    "In a process of its own: write, and die by SIGKILL at a given moment"
+    kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    rounds = []
+
+    def watch(rows, total):
+        rounds.append(total)
+        for i, row in enumerate(rows):
+            if killed_at == ("frames", "film")[len(rounds) - 1] + f" {i}": kill()
+            yield row
+    if killed_at == "manifest": rotate.begin = kill
+    if killed_at == "end": rotate.publish = kill
+    if killed_at == "naming": Path.rename = kill
+    if killed_at == "tidying":
+        publish = rotate.publish
+        rotate.publish = lambda *where: (publish(*where), kill())
+    write(path, resume=resume, watch=watch, **asked)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    "Processes that begin with everything imported"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["radrotator.rotate", "radrotator.radiograph", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
+    return context
+
+
+def run(processes, *arguments, **asked):
+    "The exit code of `work`"
+    process = processes.Process(target=work, args=arguments, kwargs=asked)
+    process.start(); process.join()
+    return process.exitcode
+
+
+MOMENTS = ["manifest", "frames 0", "frames 1", "frames 6", f"frames {FRAMES - 1}", "film 0", "film 7", "end", "naming", "tidying"]
+
+
+@pytest.mark.parametrize("kind", [".mp4", ".gif", ""])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(moment, kind, whole, tmp_path, processes):
+    "Nothing stands under the result's name until it is whole; resumed, it is what it would have been, and alone"
+    if moment.startswith("film") and not kind: pytest.skip("a folder has no film")
+    path = tmp_path/f"turn{kind}"
+    assert run(processes, path, moment) == -signal.SIGKILL
+    assert path.exists() == (moment == "tidying")
+    if moment == "tidying":
+        with pytest.raises(RadRotatorError, match="exists already"): write(path, resume=True)
+    else: assert write(path, resume=True) == path
+    assert names(tmp_path) == [path.name] and content(path) == content(whole[kind])
+
+
+def test_killed_again_and_again(whole, tmp_path, processes):
+    "At moments that nobody chose, until it is done"
+    path, chance = tmp_path/"turn.mp4", np.random.default_rng(0)
+    for attempt in range(40):
+        process = processes.Process(target=work, args=(path, None, True))
+        process.start(); process.join(chance.uniform(0.1, 0.5 + attempt/5)); process.kill(); process.join()
+        if process.exitcode == 0: break
+        assert not path.exists() or content(path) == content(whole[".mp4"])
+        if path.exists(): break
+    else: pytest.fail("not done in 40 attempts")
+    shutil.rmtree(tmp_path/".turn.mp4.frames", ignore_errors=True)
+    assert names(tmp_path) == ["turn.mp4"] and content(path) == content(whole[".mp4"])
+
+
+def test_frames_that_are_there_are_not_made_again(tmp_path, processes):
+    path, made = tmp_path/"turn", []
+    assert run(processes, path, "frames 6") == -signal.SIGKILL
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/".turn.frames").glob("*.png")}
+    assert len(before) == 6
+    write(path, resume=True, watch=lambda rows, total: made.append(total) or rows)
+    assert made == [FRAMES - 6] and all((path/name).stat().st_mtime_ns == when for name, when in before.items())
+
+
+def interrupt(path, after=3, **asked):
+    "Ctrl-C, or what else is raised, when so many frames are there"
+    def watch(rows, total):
+        for i, row in enumerate(rows):
+            if i == after: raise KeyboardInterrupt
+            yield row
+    with pytest.raises(KeyboardInterrupt): write(path, watch=watch, **asked)
+
+
+def test_ctrl_c(whole, tmp_path):
+    path = tmp_path/"turn.mp4"
+    interrupt(path, after=0)
+    assert names(tmp_path) == []                               # nothing was done, nothing is left
+    interrupt(path)
+    assert names(tmp_path) == [".turn.mp4.frames"] and names(tmp_path/".turn.mp4.frames") == ["000.png", "001.png", "002.png", "manifest.json"]
+    with pytest.raises(RadRotatorError, match="ask to resume it"): write(path)
+    assert content(write(path, resume=True)) == content(whole[".mp4"]) and names(tmp_path) == ["turn.mp4"]
+
+
+CHANGES = {"axis": dict(axis="z"), "span": dict(span=10), "frames": dict(frames=12), "label": dict(label=True), "crop": dict(crop=True), "batch": dict(batch=5), "sampling": dict(seed=1), "weights": dict(model=1)}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    "A sweep that was interrupted"
+    path = tmp_path_factory.mktemp("begun")/"turn.mp4"
+    interrupt(path)
+    return path
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_are_refused(name, begun):
+    asked = dict(CHANGES[name])
+    if "model" in asked: asked["model"] = model_of(asked["model"])
+    before = content(begun.with_name(".turn.mp4.frames"))
+    with pytest.raises(RadRotatorError, match=f"begun with another {name};") as refused: write(begun, resume=True, **asked)
+    assert "\n" not in str(refused.value) and content(begun.with_name(".turn.mp4.frames")) == before
+
+
+def test_another_radiograph_is_refused(begun):
+    with pytest.raises(RadRotatorError, match="begun with another radiograph;"): model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
+    manifest = begun.with_name(".turn.mp4.frames")/"manifest.json"
+    assert "Doe" not in manifest.read_text() and json.loads(manifest.read_text())["radiograph"] == hashlib.sha256(b"(75, 60) None" + picture().pixels.tobytes()).hexdigest()
+
+
+def test_speed_and_way_back_may_be_chosen_anew(begun, tmp_path):
+    "They decide no pixel"
+    shutil.copytree(begun.with_name(".turn.mp4.frames"), tmp_path/".turn.mp4.frames")
+    frames, said = film(write(tmp_path/"turn.mp4", resume=True, fps=25, bounce=True))
+    assert (len(frames), said["fps"]) == (2*FRAMES - 2, 25)
+
+
+def test_two_at_once_are_refused(begun):
+    with alone(begun.with_name(".turn.mp4.frames")), pytest.raises(RadRotatorError, match="another process"): write(begun, resume=True)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    "Neither what is there at the beginning, nor what somebody writes meanwhile"
+    path = tmp_path/"turn.gif"
+    path.write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(RadRotatorError, match="exists already"): write(path, resume=resume)
+    assert names(tmp_path) == ["turn.gif"]
+    path.unlink()
+
+    def watch(rows, total):
+        yield from rows
+        path.write_text("mine")
+    with pytest.raises(RadRotatorError, match="exists already"): write(path, watch=watch)
+    assert path.read_text() == "mine" and len(list((tmp_path/".turn.gif.frames").glob("*.png"))) == FRAMES
+    path.unlink()
+    write(path, resume=True)
+    assert names(tmp_path) == ["turn.gif"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    folder = tmp_path/".turn.mp4.frames"
+    folder.mkdir(); (folder/"thesis.txt").write_text("mine")
+    with pytest.raises(RadRotatorError, match="no sweep wrote"): write(tmp_path/"turn.mp4")
+    assert names(folder) == ["thesis.txt"]
+
+
+# What can be wrong
+
+@pytest.mark.parametrize("asked, why", [(dict(axis="w"), "no axis"), (dict(span=16), "outside"), (dict(span=float("nan")), "nan|not a number|outside"), (dict(frames=1), "from 2"), (dict(frames=10**6), "to 100000"),
+                                        (dict(fps=0), "from 1 to 50"), (dict(fps=float("nan")), "from 1 to 50"), (dict(solver="magic"), "no solver"), (dict(steps=0), "from 1 to 1000")])
+def test_refused_and_nothing_left(asked, why, tmp_path):
+    with pytest.raises(RadRotatorError, match=why): write(tmp_path/"turn.mp4", **asked)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, why", [("turn.avi", "end it in .mp4 or .gif"), (".", "end it in .mp4 or .gif"), ("nowhere/turn.mp4", "does not exist"), ("a"*250 + ".mp4", "too long")])
+def test_names_that_cannot_be(name, why, tmp_path):
+    with pytest.raises(RadRotatorError, match=why): write(Path(name) if name == "." else tmp_path/name)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("encoder", ["/nowhere/ffmpeg", "/bin/false", "missing"])
+def test_without_an_encoder_there_are_frames(encoder, whole, tmp_path, monkeypatch):
+    if encoder == "missing": monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: (_ for _ in ()).throw(RuntimeError("No ffmpeg exe could be found.")))
+    else: monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", encoder)
+    with pytest.warns(RadRotatorWarning, match="no encoder") as told: path = write(tmp_path/"turn.mp4")
+    assert path == tmp_path/"turn" and "\n" not in str(told[0].message) and names(tmp_path) == ["turn"] and content(path) == content(whole[""])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path/"turn.gif")                             # needs none
+
+
+def test_an_encoder_that_breaks_off_costs_no_frames(whole, tmp_path, monkeypatch):
+    "It says which encoders it has, and then does nothing"
+    (tmp_path/"ffmpeg").write_text(f'#!/bin/sh\ncase "$*" in *-encoders*) exec {get_ffmpeg_exe()} "$@";; *) exit 1;; esac\n')
+    (tmp_path/"ffmpeg").chmod(0o755)
+    (tmp_path/"out").mkdir()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path/"ffmpeg"))
+    with pytest.raises(RadRotatorError, match="the encoder stopped before the end"): write(tmp_path/"out"/"turn.mp4")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    assert content(write(tmp_path/"out"/"turn.mp4", resume=True)) == content(whole[".mp4"]) and names(tmp_path/"out") == ["turn.mp4"]
+
+
+def fill(path, room, when):
+    "In a process that may write files of so many bytes only, from the first frame on or after the last: what is refused goes into a file"
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    def watch(rows, total):
+        yield from rows
+        if when == "after": limit()
+    if when == "before": limit()
+    try: write(path, watch=watch)
+    except RadRotatorError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (path.parent/"said").write_text(str(error))
+
+
+@pytest.mark.parametrize("kind, room, when", [(".gif", 12_000, "before"), (".mp4", 1_000, "after"), ("", 2_000, "before")])
+def test_no_room(kind, room, when, whole, tmp_path, processes):
+    "Where Pillow, the encoder, or the first frame finds no room, it is said in one sentence, and what was done is gone on with"
+    path = tmp_path/f"turn{kind}"
+    process = processes.Process(target=fill, args=(path, room, when))
+    process.start(); process.join()
+    said = (tmp_path/"said").read_text()
+    (tmp_path/"said").unlink()
+    assert process.exitcode == 0 and said.startswith(f"cannot write {path}: ") and "\n" not in said and "make room" in said
+    assert not path.exists() and names(tmp_path) == ([f".{path.name}.frames"] if kind else [])
+    assert content(write(path, resume=True)) == content(whole[kind]) and names(tmp_path) == [path.name]
+
+
+# Memory
+
+def test_frames_are_written_as_they_come(tmp_path):
+    "No more than a batch of views is ever alive"
+    def watch(rows, total):
+        for i, row in enumerate(rows):
+            if total == FRAMES and (tmp_path/".turn.frames").exists(): assert len(list((tmp_path/".turn.frames").glob("[0-9]*.png"))) == i
+            yield row
+    write(tmp_path/"turn", watch=watch)
+
+
+@pytest.mark.parametrize("kind", [".gif", ".mp4", ""])
+def test_memory_does_not_grow_with_the_frames(kind, tmp_path):
+    import tracemalloc
+    model, large, peaks = model_of(), picture(400, 300), []
+    write(tmp_path/f"first{kind}", model, frames=2)           # imports and caches
+    for frames in (4, 16):
+        tracemalloc.start()
+        model.write_sweep(large, tmp_path/f"{frames}{kind}", frames=frames, batch=4)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 4*400*300                     # one more picture in float32
+
+
+# A figure
+
+def test_montage_takes_what_rotate_takes(tmp_path):
+    given = picture().write(tmp_path/"hip.png")
+    figure = montage([given, picture().pixels, picture(60, 40)], columns=2)
+    assert len(figure.axes) == 4 and not figure.axes[3].axison
+    figure.savefig(tmp_path/"figure.pdf")
+    greys = {ax.images[0].get_clim() for ax in figure.axes[:3]}
+    assert greys == {(0, 1)}
