@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'CELL', 'WAYS', 'LONGEST', 'TITLE', 'BT709', 'EXACT', 'pick_device', 'RadRotator', 'turn', 'turn_in_batches',
            'standard_tone', 'as_radiograph', 'small', 'outlines', 'packed', 'unpacked', 'apart_from', 'usual',
-           'fit_known', 'strangeness', 'training_pictures', 'remedies', 'for_film', 'captioned', 'degrees_text',
-           'eight_bits', 'write_mp4', 'has_encoder', 'write_gif', 'clear', 'begin', 'unfinished', 'publish',
-           'encoder_for', 'write_angles', 'scale_bar', 'montage']
+           'fit_known', 'strangeness', 'training_pictures', 'remedies', 'for_film', 'degrees_text', 'eight_bits',
+           'write_mp4', 'has_encoder', 'write_gif', 'clear', 'begin', 'unfinished', 'publish', 'encoder_for',
+           'write_angles', 'scale_bar', 'montage']
 
 # %% ../nbs/11_rotate.ipynb #5970f997
 import base64, contextlib, csv, hashlib, json, os, re, subprocess, warnings
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 from scipy.cluster.vq import kmeans2
-from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import rankdata
 
 from . import __version__
 from .core import RadRotatorError, RadRotatorWarning, alone, check_output, rng, write_beside
 from .drr import AXES, LIMIT, check_angles
 from .pairs import Pairs
-from .radiograph import Radiograph, read_radiograph, resize, restore, write_picture
+from .radiograph import Radiograph, burn_mark, read_radiograph, resize, restore, write_picture
 from .sample import SOLVERS, fixed_noise, guided, time_steps
 from .transforms import TransformConfig, from_signed, kumaraswamy, match_histogram, through_curve, to_signed, training_transforms
 from .unet import UNet, load_weights
@@ -360,23 +360,6 @@ def for_film(
     shape = np.rint(size*min(1, LONGEST/size.max())).clip(1).astype(int)
     return Radiograph(np.clip(resize(radiograph.pixels, tuple(shape.tolist())), 0, 1), None, radiograph.source)
 
-# %% ../nbs/11_rotate.ipynb #6a0ec8f4
-def captioned(
-    pixels: np.ndarray,  # (H, W) in [0, 1]
-    text: str,           # lines
-) -> np.ndarray:         # (H, W) float32, a copy
-    "Write into the lower left corner."
-    import matplotlib
-    height, width = pixels.shape
-    size = max(9, min(height//20, width//12))
-    font = ImageFont.truetype(Path(matplotlib.get_data_path())/"fonts"/"ttf"/"DejaVuSans.ttf", size)
-    ink = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(ink)
-    if size < 16: pen.fontmode = "1"                            # whole pixels: thin strokes would become grey
-    pen.multiline_text((2 + width//50, height - 2 - height//50), text, fill=255, font=font, anchor="ld", spacing=size//5)
-    ink = np.asarray(ink, np.float32)/255
-    return np.maximum(pixels*(1 - maximum_filter(ink, 1 + 2*max(1, size//12))), ink)
-
 # %% ../nbs/11_rotate.ipynb #27f0ac9b
 def degrees_text(
     axis: str,      # "x", "y" or "z"
@@ -544,7 +527,7 @@ def write_frames(self: RadRotator,
     views = islice(self.sweep(radiograph, axis, angles, batch, done - again, **sampling), again, None)
     for view, path, angle in zip(watch(views, len(paths) - done), paths[done:], angles[done:]):
         where = degrees_text(axis, angle)
-        pixels = captioned(view.pixels, f"{where}\nSYNTHETIC") if label else view.pixels
+        pixels = burn_mark(view.pixels, f"{where}\nSYNTHETIC") if label else view.pixels
         write_picture(Radiograph(pixels), path, f"{TITLE}. {where}; {text}")
     return paths
 

@@ -595,7 +595,7 @@ def start_from(self: Trainer,
     "Begin with trained weights instead of random ones: to go on with another recipe, or with patients of one's own."
     network, about = initial(path, self.config)
     for mine in (self.network, self.ema.network): mine.load_state_dict(network.state_dict())
-    self.about |= dict(init=about)
+    self.about |= dict(init={key: value for key, value in about.items() if key != "known"})   # what others have seen is not where these come from
 
 # %% ../nbs/09_train.ipynb #35ecc0b0
 LOOK = 10  # steps between rows of the log

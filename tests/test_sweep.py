@@ -12,7 +12,8 @@ from PIL import Image
 from radrotator import rotate
 from radrotator.core import RadRotatorError, RadRotatorWarning, alone
 from radrotator.radiograph import Radiograph
-from radrotator.rotate import RadRotator, captioned, eight_bits, for_film, montage
+from radrotator.radiograph import burn_mark
+from radrotator.rotate import RadRotator, eight_bits, for_film, montage
 from radrotator.unet import UNet, UNetConfig
 
 FRAMES = 11  # of the sweeps here: two batches of four, and three frames
@@ -139,13 +140,13 @@ def test_a_caption_can_be_read(size):
     "Enough black and white, in the lower left, on any background; elsewhere nothing is touched"
     for grey in (0, 0.5, 1):
         given = np.full((size, size), grey, np.float32)
-        shown = captioned(given, "z = −12.3°\nSYNTHETIC")
+        shown = burn_mark(given, "z = −12.3°\nSYNTHETIC")
         rows, columns = np.nonzero(shown != given)
         assert rows.min() > size/2 and rows.max() < size and columns.max() < 0.9*size and columns.min() > 0
         assert (np.ptp(rows) + 1)/2 > 8                         # letters are at least seven pixels high, with an edge
         box = shown[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
         assert 0.1 < (box > 0.7).mean() < 0.9 or grey == 1 and 0.1 < (box < 0.3).mean() < 0.9
-    assert not np.array_equal(shown, captioned(given, "z = +12.3°\nSYNTHETIC"))
+    assert not np.array_equal(shown, burn_mark(given, "z = +12.3°\nSYNTHETIC"))
 
 
 def test_the_label_is_in_the_frame(tmp_path, whole):
