@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RadRotatorError', 'RadRotatorWarning', 'write_beside', 'folder_beside', 'check_output', 'sha256', 'rng', 'deaf',
-           'in_own_group', 'end_with_parent', 'each', 'alone', 'markdown_table', 'shared_data']
+           'in_own_group', 'end_with_parent', 'in_pool', 'in_own_process', 'each', 'alone', 'markdown_table',
+           'shared_data']
 
 # %% ../nbs/00_core.ipynb #2a801fc2
-import contextlib, hashlib, multiprocessing.connection, multiprocessing.resource_tracker, os, shutil, signal, tempfile, threading
+import contextlib, hashlib, multiprocessing.connection, multiprocessing.resource_tracker, os, shutil, signal, sys, tempfile, threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -111,7 +112,7 @@ def rng(
 # %% ../nbs/00_core.ipynb #9a369c7f
 @contextlib.contextmanager
 def deaf():
-    "While the block runs, Ctrl-C and SIGTERM wait; a process that is started in it does not hear them before `in_own_group`."
+    "While the block runs, Ctrl-C and SIGTERM wait; a process that is started in it does not hear them before `in_own_group` or `in_pool`."
     if not hasattr(signal, "pthread_sigmask"): yield; return
     multiprocessing.resource_tracker.ensure_running()            # begun in the block, it would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -133,6 +134,24 @@ def end_with_parent():
     threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/00_core.ipynb #08714ae4
+def in_pool():
+    "Called once in each process of a pool: it ends with the one that started it, and on Ctrl-C without a word, after the cleaning up of its job."
+    end_with_parent()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    if not hasattr(signal, "pthread_sigmask"): return
+    if signal.SIGINT in signal.sigpending(): os._exit(130)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+# %% ../nbs/00_core.ipynb #cfc4a5c5
+def in_own_process(
+    f,    # to call
+    job,  # its argument
+):        # what it gives
+    "A job in a process of a pool: where Ctrl-C ends it, it ends the process, too, which otherwise would go on."
+    try: return f(job)
+    except SystemExit as end: os._exit(end.code)
+
+# %% ../nbs/00_core.ipynb #4f568c45
 def each(
     f,            # to call, in other processes
     jobs: list,   # arguments
@@ -140,7 +159,7 @@ def each(
 ):                # yields (job, result), the result None where its process died
     "Results as they come."
     if not workers: yield from ((job, f(job)) for job in jobs)
-    pool_of = lambda n: ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), end_with_parent)
+    pool_of = lambda n: ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), in_pool)
     waiting = deque(jobs if workers else ())
     while waiting:
         running = {}
@@ -148,7 +167,7 @@ def each(
             with pool_of(workers) as pool:
                 while waiting or running:
                     while waiting and len(running) < 2*workers:
-                        running[pool.submit(f, waiting[0])] = waiting[0]
+                        with deaf(): running[pool.submit(in_own_process, f, waiting[0])] = waiting[0]   # a process that is still being born would tell of Ctrl-C in a traceback
                         waiting.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         result = future.result()
@@ -156,7 +175,9 @@ def each(
         except BrokenProcessPool: pass
         for job in running.values():
             try:
-                with pool_of(1) as pool: result = pool.submit(f, job).result()
+                with pool_of(1) as pool:
+                    with deaf(): future = pool.submit(in_own_process, f, job)
+                    result = future.result()
             except BrokenProcessPool: result = None
             yield job, result
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pydicom
 import pytest
 import torch
@@ -537,6 +538,18 @@ def test_ctrl_c(here, tmp_path, monkeypatch):
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(300) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"hip.png", "untrained.safetensors", "long.gif"}
+
+
+def test_ctrl_c_while_processes_begin(here, tmp_path):
+    "A child that is still importing must not tell of it, either"
+    with at_a_terminal("ingest", *[here/"body.nii.gz"]*2, here, "-o", tmp_path/"cts", "--workers", 2) as (process, seen):
+        for _ in range(6000):
+            if sum("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()) == 2 or process.poll() is not None: break
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(300) == 130
+    said = "".join(seen)
+    assert "Traceback" not in said and said.count("radrotator: ") == 1 and not list(tmp_path.glob("cts/*.nii.gz"))
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["doctor"]], ids=" ".join)
