@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORY', 'SHORT', 'app', 'UsageError', 'UNWRITABLE', 'Json', 'X', 'Y', 'Z', 'Seed', 'Device', 'Bones', 'Out',
-           'Workers', 'Input', 'Crop', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Axis', 'PICTURES',
+           'Workers', 'Input', 'Crop', 'Frame', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Axis', 'PICTURES',
            'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'COLUMNS', 'DECODERS', 'OPTIONAL', 'VERSIONS',
            'Story', 'examples_of', 'start', 'Stopped', 'one_line', 'told', 'unheard', 'main', 'Result', 'answering',
            'command', 'among', 'finite', 'check_name', 'check_parent', 'check_folder', 'check_bones', 'reasons_of',
@@ -198,7 +198,8 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, max=1024, help=
 
 # %% ../nbs/14_cli.ipynb #e2eb569c
 Input = Annotated[Path, typer.Argument(metavar="INPUT", help="radiograph: DICOM, PNG, TIFF or JPEG", show_default=False)]
-Crop = Annotated[bool, typer.Option("--crop", help="leave dark borders of the collimator out for the network, and put them back afterwards")]
+Crop = Annotated[bool, typer.Option("--crop", help="leave the collimator's borders out for the network, and put them back afterwards")]
+Frame = Annotated[int | None, typer.Option("--frame", min=1, help="which picture, where a file holds several", show_default=False)]
 Invert = Annotated[bool, typer.Option("--invert", help="the picture shows bone dark and does not say so")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="a .safetensors file  [default: the weights that come with the package]", show_default=False)]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="of the solver  [default: the weights' own]", show_default=False)]
@@ -467,7 +468,8 @@ def rotate_command(
     radiograph: Input,               # a picture
     out: Out,                        # a picture of the same frame
     x: X = 0, y: Y = 0, z: Z = 0,    # degrees
-    crop: Crop = False, invert: Invert = False,  # how to read it
+    crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
+    keep: Annotated[list[str] | None, typer.Option(help="an attribute of the patient or the study to copy from INPUT into a DICOM result, such as PatientID; may be repeated  [default: none]", show_default=False)] = None,  # of the patient
     mark: Annotated[bool | None, typer.Option("--mark/--no-mark", help="burn the word SYNTHETIC into a corner  [default: in DICOM only]", show_default=False)] = None,  # the corner
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
@@ -478,15 +480,16 @@ def rotate_command(
     check_name(out)
     with working("reading"):
         from radrotator.drr import check_angles
-        from radrotator.radiograph import read_radiograph
+        from radrotator.radiograph import patient_data, read_radiograph
         check_angles(x, y, z)
-        given = read_radiograph(radiograph, invert)
+        given = read_radiograph(radiograph, invert, frame)
+        kept = patient_data(radiograph, *keep) if keep else None
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.settled(steps=steps, guidance=guidance, solver=solver, seed=seed)
     with working("turning", sampling["steps"]) as far:
         view = model.rotate(given, x, y, z, steps, guidance, seed, lambda done, _: far(done), solver, crop)
     seconds, text = time.perf_counter() - began, f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
-    view.write(out, description(text, name, sampling), mark)
+    view.write(out, description(text, name, sampling), mark, kept)
     return Result(f"wrote {out}: {text}, in {seconds:.2f} s",
                   dict(input=radiograph, out=out, x=x, y=y, z=z, crop=crop, weights=name, unfamiliar=strange, size=view.shape, spacing=view.spacing, device=model.device, seconds=round(seconds, 3)) | sampling)
 
@@ -502,7 +505,7 @@ def sweep_command(
     label: Annotated[bool, typer.Option("--label", help="write the angle into each frame")] = False,  # the angle
     bounce: Annotated[bool, typer.Option("--bounce", help="there and back, so that a film can be repeated without a jump")] = False,  # there and back
     resume: Annotated[bool, typer.Option("--resume", help="go on with the frames that an interrupted sweep left")] = False,  # go on
-    crop: Crop = False, invert: Invert = False,  # how to read it
+    crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
@@ -512,7 +515,7 @@ def sweep_command(
     check_output(out)
     with working("reading"):
         from radrotator.radiograph import read_radiograph
-        given = read_radiograph(radiograph, invert)
+        given = read_radiograph(radiograph, invert, frame)
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, seed=seed)
     try: written = model.write_sweep(given, out, axis.value, frames, span, fps, label, resume, functools.partial(bar, what="frames"), crop, bounce=bounce, **sampling)
@@ -812,7 +815,7 @@ def evaluate_command(
     accelerator.end_training()
     if not accelerator.is_main_process: return None
     about = dict(weights=name, left_out=left_out, command=command_line(context, quiet=("cts", "out")), commit=commit(), questions=asdict(asked), sampling=model.settled(steps=steps, guidance=guidance),
-                 seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made={key: value for key, value in model.about.items() if key != "report"})
+                 seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made={key: value for key, value in model.about.items() if key not in ("report", "known")})
     with folder_beside(out) as folder: known = write_report(folder, found, about)
     tables = [f"{group} ({len(figures['patients'])})\n\n{markdown_table(figures['headline'])}" for group, figures in known["groups"].items()]
     return Result("\n\n".join([*tables, f"skill = 1 − MSE/MSE(no-op), with its 95 % interval over patients. Open {out/'report.html'}."]),

@@ -465,6 +465,29 @@ def test_one_json_object_and_nothing_else(here, material, capfd):
     assert [row["axis"] for row in known["demo"]["rows"]] == [*"xyz"]*3 and known["demo"]["rows"][0]["psnr"] > 10 and known["demo"]["rows"][-1]["psnr"] is None
 
 
+# What is in a file
+
+
+def test_one_of_several_pictures(here, capfd, tmp_path):
+    pages = [Image.open("hip.png"), Image.open("hip.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    pages[0].save(tmp_path/"two.tif", save_all=True, append_images=pages[1:])
+    assert main(["rotate", str(tmp_path/"two.tif"), "-o", str(tmp_path/"one.png"), *WEIGHTS]) == 2 and "frame=2" in capfd.readouterr().err
+    for frame in (1, 2): accept(capfd, "rotate", tmp_path/"two.tif", "-o", tmp_path/f"{frame}.png", "--frame", frame, *WEIGHTS)
+    first, second = (np.asarray(Image.open(tmp_path/f"{frame}.png"), float) for frame in (1, 2))
+    assert np.abs(first - second).mean() > 100
+
+
+def test_patient_data_comes_along_only_by_name(here, capfd, tmp_path):
+    (tmp_path/"seen.dcm").write_bytes(dicom(BodyPartExamined="PELVIS"))
+    secret = str(pydicom.dcmread(tmp_path/"seen.dcm").PatientName)
+    accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"none.dcm", *WEIGHTS)
+    accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"kept.dcm", "--keep", "PatientID", "--keep", "BodyPartExamined", *WEIGHTS)
+    none, kept = (pydicom.dcmread(tmp_path/f"{name}.dcm") for name in ("none", "kept"))
+    assert "4711" not in str(none) and (kept.PatientID, kept.BodyPartExamined) == ("4711", "PELVIS") and secret not in str(kept)
+    assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.dcm"), "--keep", "PixelData", *WEIGHTS]) == 2 and not (tmp_path/"no.dcm").exists()
+    assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.png"), "--keep", "PatientID", *WEIGHTS]) == 2 and not (tmp_path/"no.png").exists()
+
+
 # The doctor
 
 
