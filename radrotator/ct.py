@@ -7,15 +7,15 @@ __all__ = ['REASONS', 'HU_RANGE', 'MAX_VOXELS', 'DICOM_TAGS', 'MAX_BYTES', 'MAX_
            'BONE', 'LANES', 'SHAFT', 'APART', 'PELVIS', 'IDENTITY', 'DICOM_NAMES', 'NIFTI_NAMES', 'DATES', 'COLUMNS',
            'Refusal', 'CT', 'clean_hu', 'check_affine', 'unpacked', 'nifti_header', 'nifti_shape', 'nifti_affine',
            'nifti_bytes', 'read_nifti', 'stem_of', 'read_nifti_hu', 'read_nifti_ct', 'quiet_dicom', 'is_dicom',
-           'inflate_dicom', 'read_dicom', 'modality', 'codestream_shape', 'check_pixels', 'decode', 'frame_headers',
-           'dicom_files', 'ct_slices', 'stacks', 'one_stack', 'check_steps', 'Line', 'line_up', 'place_stack',
-           'stored_slices', 'slice_hu', 'stack_voxels', 'read_dicom_ct', 'wrong_file', 'contiguous', 'read_ct',
-           'write_nifti', 'write_ct', 'IngestConfig', 'slice_axis', 'describe', 'describe_dicom', 'describe_nifti',
-           'check_slices', 'coarse', 'femora_centre', 'BoneProfile', 'bone_profile', 'landmarks', 'coverage', 'walk',
-           'fingerprint', 'is_nifti', 'identify', 'secret', 'salt_of', 'Journal', 'Series', 'scan_chunk', 'scan',
-           'acquired', 'eras', 'volumes', 'keep', 'curate', 'failed', 'table_rows', 'read_report', 'write_report',
-           'is_kept', 'still_told', 'prepare', 'first_day', 'times', 'job_of', 'settled', 'renamed', 'take_in',
-           'ingest']
+           'inflate_dicom', 'read_dicom', 'modality', 'codestream_shape', 'check_pixels', 'jpeg_values', 'unpack_jpeg',
+           'decode', 'frame_headers', 'dicom_files', 'ct_slices', 'stacks', 'one_stack', 'check_steps', 'Line',
+           'line_up', 'place_stack', 'stored_slices', 'slice_hu', 'stack_voxels', 'read_dicom_ct', 'wrong_file',
+           'contiguous', 'read_ct', 'write_nifti', 'write_ct', 'IngestConfig', 'slice_axis', 'describe',
+           'describe_dicom', 'describe_nifti', 'check_slices', 'coarse', 'femora_centre', 'BoneProfile', 'bone_profile',
+           'landmarks', 'coverage', 'walk', 'fingerprint', 'is_nifti', 'identify', 'secret', 'salt_of', 'Journal',
+           'Series', 'scan_chunk', 'scan', 'acquired', 'eras', 'volumes', 'keep', 'curate', 'failed', 'table_rows',
+           'read_report', 'write_report', 'is_kept', 'still_told', 'prepare', 'first_day', 'times', 'job_of', 'settled',
+           'renamed', 'take_in', 'ingest']
 
 # %% ../nbs/01_ct.ipynb #cb74d53a
 import csv, gzip, hashlib, hmac, io, json, logging, os, re, secrets, stat, struct, tempfile, time, warnings, zlib
@@ -372,6 +372,28 @@ def check_pixels(
         raise Refusal("UNREADABLE", f"{path}: the compressed picture has another size than the header says; export the file again")
 
 # %% ../nbs/01_ct.ipynb #b04eb393
+def jpeg_values(
+    stream: bytes,  # JPEG, lossy or lossless, 2 to 16 bits
+) -> np.ndarray:  # (rows, columns) or (rows, columns, 3), stored values
+    "Decode a JPEG stream of any process, or whatever the decoder raises."
+    import imagecodecs
+    if not stream.rstrip(b"\0").endswith(b"\xff\xd9"): raise EOFError
+    return imagecodecs.jpeg8_decode(stream)
+
+# %% ../nbs/01_ct.ipynb #f3f5123f
+def unpack_jpeg(
+    ds: pydicom.Dataset,  # header with PixelData; changed
+    frames=1,  # how many there are
+):
+    "Decode, in place, the JPEG streams that pydicom's decoders do not know."
+    if not "1.2.840.10008.1.2.4.51" <= ds.file_meta.TransferSyntaxUID <= "1.2.840.10008.1.2.4.70": return  # JPEG but for baseline, which is .50
+    size, spare = ds.BitsAllocated // 8, ds.BitsAllocated - ds.BitsStored
+    stored = np.stack([jpeg_values(stream) for stream in pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=frames)]).astype(f"<u{size}")
+    if ds.PixelRepresentation: stored = (stored << spare).view(f"<i{size}") >> spare  # the sign is the highest bit that was stored
+    ds.PixelData = stored.tobytes()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+
+# %% ../nbs/01_ct.ipynb #f59a8f4e
 def decode(
     ds: pydicom.Dataset,  # header with PixelData
     path,  # for the message
@@ -380,8 +402,10 @@ def decode(
     "Decode the pixel data of a DICOM file."
     with quiet_dicom(path):
         check_pixels(ds, path, frames)
-        try: return ds.pixel_array
-        except (NotImplementedError, RuntimeError):
+        try:
+            unpack_jpeg(ds, frames)
+            return ds.pixel_array
+        except (EOFError, NotImplementedError, RuntimeError):
             raise Refusal("UNREADABLE", f"{path}: the pixel data are damaged, or compressed in a way that no installed decoder knows; "
                                   "export the file uncompressed") from None
 
