@@ -327,8 +327,8 @@ def unfamiliar(self: RadRotator,
     if (distance := strangeness(next(looks)[1], known)) <= 1: return None
     least, how = min((strangeness(picture, known), how) for how, picture in looks)
     advice = f"it would be familiar {how}" if least <= 1 else f"check that it is a {known['of']} radiograph, upright, bone bright, without borders"
-    return (f"this picture does not look like the {known['of']} radiographs that the weights know, and its views will mean little: its edges are at a distance of {distance:.2f} "
-            f"from those of {known['pictures']} pictures of the training, when 99 of 100 others stay below {1/1.05:.2f} and 1 is allowed; {advice}")
+    return (f"this picture does not look like the {known['of']} radiographs that the weights know, and its views will mean little; {advice} "
+            f"[its edges are {distance:.2f} away from those of {known['pictures']} training pictures; 99 of 100 others stay below {1/1.05:.2f}, and 1 is allowed]")
 
 # %% ../nbs/11_rotate.ipynb #8bcb8bfa
 @patch
