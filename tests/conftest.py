@@ -15,6 +15,6 @@ def browser():
         (pytest.fail if os.environ.get("RADROTATOR_BROWSER") == "required" else pytest.skip)(words)
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)  # milliseconds: a busy machine takes its time
         yield chromium
         chromium.close()

@@ -76,6 +76,7 @@ def site(tmp_path_factory):
 def screen(browser):
     "A page of the browser, which notes what it complains of and whatever it asks of the network"
     context = browser.new_context(viewport=PHONE, color_scheme="light")
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.wrong = []
     page.on("console", lambda message: message.type == "error" and page.wrong.append(f"console: {message.text}"))

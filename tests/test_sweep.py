@@ -431,3 +431,25 @@ def test_montage_takes_what_rotate_takes(tmp_path):
     figure.savefig(tmp_path/"figure.pdf")
     greys = {ax.images[0].get_clim() for ax in figure.axes[:3]}
     assert greys == {(0, 1)}
+
+
+# Odd input
+
+
+@pytest.mark.parametrize("shape", [(16, 1000), (1000, 16)], ids=str)
+def test_a_strip_is_refused(shape):
+    with pytest.raises(RadRotatorError, match="a strip of"): model_of().rotate(Radiograph(np.random.default_rng(0).random(shape, np.float32)), z=5)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '"frames"'])
+def test_a_manifest_that_no_sweep_wrote(tmp_path, text):
+    folder = tmp_path/".film.frames"
+    folder.mkdir()
+    (folder/"manifest.json").write_text(text); (folder/"000.png").write_bytes(b"")
+    with pytest.raises(RadRotatorError, match="remove the folder"): model_of().write_sweep(Radiograph(np.random.default_rng(0).random((40, 32), np.float32)), tmp_path/"film", frames=3, resume=True)
+
+
+def test_a_damaged_frame_is_named(tmp_path):
+    empty = tmp_path/"001.png"
+    empty.write_bytes(b"")
+    with pytest.raises(RadRotatorError, match="001.png: this frame is damaged"): eight_bits(empty)

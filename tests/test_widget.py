@@ -1,5 +1,5 @@
 """The sliders in a real browser, in Voila and in JupyterLab: they are moved as people move them, and what is seen is compared with what the model gives."""
-import base64, io, json, os, socket, subprocess, sys, time, urllib.error, urllib.request
+import base64, io, json, os, re, subprocess, sys, time
 from functools import cache
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pydicom
 import pytest
+from imageio_ffmpeg import read_frames
 from PIL import Image
 
 from radrotator.radiograph import Radiograph
@@ -26,7 +27,7 @@ DECODE = """img => img.decode().then(() => {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    "Starts Voila or JupyterLab on a folder with notebooks, on a port of its own, with the kernel of this very Python; ends it with all its kernels"
+    "Starts Voila or JupyterLab on a folder with notebooks, on a port that it finds itself, with the kernel of this very Python; ends it with all its kernels"
     folder, running = tmp_path_factory.mktemp("served"), []
     (folder/"pelvis.png").write_bytes(PELVIS.read_bytes())
     (folder/"jupyter"/"kernels"/"here").mkdir(parents=True)
@@ -38,19 +39,14 @@ def served(tmp_path_factory):
     places = {name: str(folder/name.lower()) for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
 
     def start(*words):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        log = open(folder/f"{words[0]}.log", "w")
-        server = subprocess.Popen([sys.executable, "-m", *words, f"--port={port}"], cwd=folder, stdout=log, stderr=log, env=os.environ | places | dict(JUPYTER_PATH=str(folder/"jupyter")))
+        log = folder/f"{words[0]}.log"
+        with open(log, "w") as file: server = subprocess.Popen([sys.executable, "-m", *words], cwd=folder, stdout=file, stderr=file, env=os.environ | places | dict(JUPYTER_PATH=str(folder/"jupyter")))
         running.append(server)
-        address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
-        while server.poll() is None and time.monotonic() < end:
-            try: urllib.request.urlopen(f"{address}/voila/static/" if words[0] == "voila" else f"{address}/api", timeout=5)
-            except urllib.error.HTTPError: return address
-            except OSError: time.sleep(0.3)
-            else: return address
-        pytest.fail(f"{words[0]} did not start:\n{(folder/f'{words[0]}.log').read_text()[-2000:]}")
+        def address():
+            "What the server says once it listens"
+            assert server.poll() is None, f"{words[0]} did not start:\n{log.read_text()[-2000:]}"
+            return re.search(r"running at:.*?:(\d+)/", log.read_text(), re.DOTALL)
+        return f"http://127.0.0.1:{wait(address, f'{words[0]} did not start')[1]}"
 
     yield start
     for server in running:
@@ -233,10 +229,10 @@ def test_files_are_saved(explorer, tmp_path):
 
 
 def test_a_sweep_is_saved_or_stopped(explorer, tmp_path):
-    import imageio.v3 as imageio
     explorer.get_by_label("frames").fill("6"); explorer.get_by_label("frames").press("Enter")
     video = saved(explorer, "Sweep", ".mp4", tmp_path)
-    frames = imageio.imread(video, plugin="FFMPEG")
+    about, *frames = read_frames(video)
+    frames = np.array([np.frombuffer(frame, np.uint8).reshape(*about["size"][::-1], 3) for frame in frames])
     assert video.name == "radrotator_sweep_z.mp4" and len(frames) == 6
     assert abs(frames[-1][..., 0].astype(int) - turned(z=15.0)).mean() < 6 < abs(frames[0].astype(int) - frames[-1]).mean()
     explorer.get_by_label("frames").fill("3000"); explorer.get_by_label("frames").press("Enter")
