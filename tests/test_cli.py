@@ -495,7 +495,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
     monkeypatch.setattr(Path, "home", lambda: Path(torch.__file__).parents[3])    # as if all were installed in somebody's home
     assert main(["doctor"]) == 0
     said = capfd.readouterr().out
-    assert f"torch {torch.__version__}" in said and "weights tiny" in said and "turn of a drawn pelvis" in said and str(Path.home()) not in said and str(Path.cwd()) not in said
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "weights tiny" in said and "turn of a drawn pelvis" in said and str(Path.home()) not in said and str(Path.cwd()) not in said
     monkeypatch.setattr("radrotator.rotate.has_encoder", lambda: False)
     monkeypatch.setattr("importlib.metadata.version", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package)))
     assert main(["doctor", "--json"]) == 0                                        # none of this is needed to rotate

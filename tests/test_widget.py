@@ -17,12 +17,16 @@ PELVIS = Path(__file__).resolve().parents[1]/"nbs"/"images"/"pelvis.png"
 PATIENCE = 120  # seconds: a busy machine takes its time, and no test asserts any
 CELL = """from radrotator.widget import RotationExplorer
 RotationExplorer("pelvis.png")"""
-DECODE = """img => img.decode().then(() => {
+DECODE = """async img => {
+    for (let tries = 0; ; tries++) {
+        try { await img.decode(); break; }  // fails where the picture changes meanwhile
+        catch (error) { if (tries == 100) throw error; await new Promise(done => setTimeout(done, 50)); }
+    }
     const canvas = document.createElement('canvas');
     [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
     canvas.getContext('2d').drawImage(img, 0, 0);
     return canvas.toDataURL('image/png').split(',')[1];
-})"""
+}"""
 
 
 @pytest.fixture(scope="module")
