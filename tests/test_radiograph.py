@@ -110,6 +110,16 @@ def test_signed_values(tmp_path, name):
     assert np.allclose(read.pixels, unit(signed), atol=1e-5)
 
 
+@pytest.mark.parametrize("photometric", ["YBR_FULL", "YBR_FULL_422", "RGB"])
+@pytest.mark.parametrize("syntax", [uid.JPEGExtended12Bit, uid.UID("1.2.840.10008.1.2.4.55")], ids=["extended", "progressive"])
+def test_colour(tmp_path, syntax, photometric):
+    "A picture whose channels differ, so that a conversion too many would show"
+    rgb = np.stack([EIGHT, 255 - EIGHT, EIGHT // 2], axis=-1)
+    stream = pillow_jpeg(rgb, subsampling=0 if photometric != "YBR_FULL_422" else 1, progressive=syntax != uid.JPEGExtended12Bit)
+    path = dicom(tmp_path/"a.dcm", stored=EIGHT, bits=8, stream=stream, syntax=syntax, SamplesPerPixel=3, PlanarConfiguration=0, PhotometricInterpretation=photometric)
+    assert np.abs(read_radiograph(path).pixels - unit(rgb @ [0.299, 0.587, 0.114])).max() < 0.06
+
+
 @pytest.mark.parametrize("encapsulated", [False, True])
 def test_frames_of_fluoroscopy(tmp_path, encapsulated):
     run = np.stack([np.roll(STORED, 5 * k, axis=1) for k in range(3)])
