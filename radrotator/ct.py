@@ -82,6 +82,7 @@ class CT:
     affine: np.ndarray  # (4, 4) float64, voxel index to RAS+ mm; an index names a voxel's centre
     labels: np.ndarray | None = None  # (X, Y, Z) uint8, one number per structure
     name: str = "ct"  # what to call it; never a patient's name
+    isocentre: np.ndarray | None = None  # (3,) RAS+ mm, the point about which the patient turns; None: the middle of the volume
 
     @property
     def shape(self) -> tuple: return self.hu.shape
@@ -93,7 +94,8 @@ class CT:
 
     @property
     def centre(self) -> np.ndarray:
-        "Middle of the volume, the isocentre of every DRR, (3,) RAS+ mm."
+        "The isocentre of every DRR: where `isocentre` says, or the middle of the volume; (3,) RAS+ mm."
+        if self.isocentre is not None: return np.asarray(self.isocentre, float)
         return self.affine[:3, :3] @ ((np.array(self.shape) - 1) / 2) + self.affine[:3, 3]
 
 # %% ../nbs/01_ct.ipynb #89b71e64

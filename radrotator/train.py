@@ -7,8 +7,8 @@ __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'LEFTOVERS', 'FREE', 
            'parsed', 'with_settings', 'learning_rate', 'make_optimizer', 'EMA', 'Question', 'draw_steps', 'question',
            'questions', 'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'readers', 'write_checkpoint',
            'read_checkpoint', 'checkpoints', 'newest', 'tidy', 'Machine', 'keep_memory', 'join', 'add_in_order',
-           'share_of', 'Trainer', 'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet', 'StopAsked',
-           'from_sets', 'from_jobs', 'page', 'image_tag', 'table_tag', 'curves', 'report']
+           'share_of', 'Trainer', 'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet',
+           'lifting_sheet', 'StopAsked', 'from_sets', 'from_jobs', 'page', 'image_tag', 'table_tag', 'curves', 'report']
 
 # %% ../nbs/09_train.ipynb #355d9bfb
 import base64, csv, ctypes, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
@@ -27,10 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from . import __version__
 from .core import RadRotatorError, RadRotatorWarning, alone, deaf, folder_beside, in_own_group, rng, sha256, write_beside
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
-from .drr import AXES
-from .pairs import VALIDATE, Batch, OnTheFlyPairs, PairDataset, Pairs, read_manifest, sets_in
+from .geometry import AXES
+from .lift import Lift, LiftConfig
+from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, view_skill
+from .pairs import VALIDATE, Batch, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SlabBatch, read_manifest, sets_in
 from .transforms import TransformConfig, from_signed, training_transforms
-from .unet import UNet, UNetConfig, load_weights, save_weights
+from .unet import UNet, UNetConfig, build_network, load_weights, save_weights
 
 # %% ../nbs/09_train.ipynb #83e2a563
 GRAIN = 8  # pairs that share a stream of random numbers: the smallest portion that a process or a pass can take
@@ -41,6 +43,8 @@ class TrainConfig:
     "Everything that decides the weights, beside the data. The defaults are the paper's."
     unet: UNetConfig = UNetConfig()
     transforms: TransformConfig = TransformConfig()
+    lift: LiftConfig | None = None  # a network that says where things lie, instead of the U-Net that draws views
+    lifting: LiftingConfig = LiftingConfig() # how that network is asked
     seed: int = 0
     batch: int = 64                 # pairs a step, over all processes
     steps: int = 1_000_000          # of the whole run
@@ -62,6 +66,11 @@ class TrainConfig:
     refresh: int = 16               # steps after which one of them is replaced
 
     def __post_init__(self): check_config(self)
+
+    @property
+    def shape(self) -> UNetConfig | LiftConfig:
+        "Configuration of the network that is trained."
+        return self.lift or self.unet
 
 # %% ../nbs/09_train.ipynb #c81ea171
 def check_config(
@@ -88,8 +97,11 @@ OPTIMIZERS = {"lion": lambda groups, rate: Lion(groups, lr=rate),
               "adamw": lambda groups, rate: torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), foreach=True)}
 
 # %% ../nbs/09_train.ipynb #2e6c4cb0
-PRESETS = {"tiny": TrainConfig(UNetConfig.tiny(), TransformConfig(shared_curve=True), batch=32, steps=2_600, rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.6, every=250, validation=128, patience=0),
-           "small": TrainConfig(UNetConfig.small(), TransformConfig(shared_curve=True), batch=64, steps=100_000, rate=3e-4, warmup=500, decay=True, weighting="balanced", terminal=0.6, patience=0),
+_LIFTING = dict(optimizer="adamw", rate=1e-3, warmup=100, decay=True, weight_decay=1e-2, ema=0.998, patience=0, every=250)
+_TELLING = dict(rate=3e-4, warmup=100, decay=True, weighting="balanced", terminal=0.6, every=250, validation=128, patience=0)
+PRESETS = {"tiny": TrainConfig(lift=LiftConfig.tiny(), batch=32, steps=20_000, validation=64, held=48, refresh=4, **_LIFTING),
+           "small": TrainConfig(lift=LiftConfig.small(), batch=64, steps=100_000, validation=64, held=64, refresh=4, **_LIFTING),
+           "paper-tiny": TrainConfig(UNetConfig.tiny(), TransformConfig(shared_curve=True), batch=32, steps=2_600, **_TELLING),
            "paper": TrainConfig()}
 
 # %% ../nbs/09_train.ipynb #fa3dbb83
@@ -145,8 +157,8 @@ def make_optimizer(
 # %% ../nbs/09_train.ipynb #bc661d1d
 class EMA:
     "Exponential moving average of a network's weights, with warm-up."
-    def __init__(self, network: UNet, decay: float):
-        self.decay, self.network = decay, UNet(network.config)
+    def __init__(self, network: UNet | Lift, decay: float):
+        self.decay, self.network = decay, build_network(network.config)
         self.network.load_state_dict(network.state_dict())
         self.network.to(next(network.parameters()).device).eval().requires_grad_(False)
 
@@ -182,13 +194,14 @@ def draw_steps(
 
 # %% ../nbs/09_train.ipynb #282c92dc
 def question(
-    batch: Batch,                # in [0, 1]
+    batch: Batch | SlabBatch,    # pairs in [0, 1], or true slabs; on the generator's device
     config: TrainConfig,         # of the run
     generator: torch.Generator,  # random stream
-) -> Question:                   # on the generator's device
-    "Transform pairs and noise their targets."
+) -> Question | LiftQuestion:    # on the generator's device
+    "Transform pairs and noise their targets, or make radiographs of slabs."
+    if isinstance(batch, SlabBatch): return ask(batch, config.lift.size, config.lifting, generator)
     device, n = generator.device, len(batch.input)
-    batch = training_transforms(Batch(*(tensor.to(device, non_blocking=True) for tensor in (batch.input, batch.target, batch.vector))), generator, config.transforms)
+    batch = training_transforms(batch, generator, config.transforms)
     t = draw_steps(n, config, generator)
     noise = torch.randn(batch.target.shape, generator=generator, device=device)
     forget = torch.rand(n, generator=generator, device=device) < config.forget
@@ -196,31 +209,33 @@ def question(
 
 # %% ../nbs/09_train.ipynb #d6803f37
 def questions(
-    batch: Batch,         # in [0, 1]: the pairs of a step from `first` on
+    batch: Batch | SlabBatch, # the pairs, or patients, of a step from `first` on
     config: TrainConfig,  # of the run
     device,               # where to compute
     *name,                # of the random streams: what for, and the step
     first: int = 0,       # place of the first pair in the whole batch, a multiple of GRAIN
 ) -> list[Question]:      # one for every GRAIN pairs
     "Draw for every portion from a stream of its own."
-    parts = zip(*(torch.split(tensor, GRAIN) for tensor in (batch.input, batch.target, batch.vector)))
+    tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+    parts = zip(*(torch.split(tensor.to(device, non_blocking=True), GRAIN) for tensor in tensors))
     stream = lambda place: torch.Generator(device).manual_seed(int(rng(config.seed, *name, place).integers(2**63)))
-    return [question(Batch(*part), config, stream(first//GRAIN + i)) for i, part in enumerate(parts)]
+    return [question(type(batch)(*part), config, stream(first//GRAIN + i)) for i, part in enumerate(parts)]
 
 # %% ../nbs/09_train.ipynb #fa380ba2
 def joined(
-    parts: list[Question],  # to be asked together
-) -> Question:              # all of them in one
+    parts: list,  # of `Question` or of `LiftQuestion`, to be asked together
+):                # all of them in one
     "Put questions together."
-    return parts[0] if len(parts) == 1 else Question(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
+    return parts[0] if len(parts) == 1 else type(parts[0])(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
 
 # %% ../nbs/09_train.ipynb #a0d4417e
 def loss_of(
-    network,              # `UNet`, perhaps wrapped
-    asked: Question,      # what to answer
+    network,              # `UNet` or `Lift`, perhaps wrapped
+    asked: Question | LiftQuestion, # what to answer
     config: TrainConfig,  # of the run
 ) -> torch.Tensor:        # scalar
     "Let the network answer, and compare."
+    if isinstance(asked, LiftQuestion): return sum(term.mean() for term in lifting_loss(network, asked, config.lifting, config.lift.split, PRECISIONS[config.precision]).values())
     with torch.autocast(asked.t.device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"): v, o = network(asked.x_t, asked.t, asked.input, asked.vector, asked.forget)
     loss = velocity_loss(v, velocity(asked.target, asked.t, asked.noise), asked.t, config.weighting)
     return loss if o is None else loss + variance_loss(o, v, asked.target, asked.x_t, asked.t)
@@ -232,7 +247,7 @@ def exam(
     device,               # where to compute
 ) -> list[Question]:      # the same in every run with the same data
     "Fixed questions."
-    plain = replace(config, seed=0, forget=0.0, transforms=replace(config.transforms, margins=0.0, rectangles=0.0))
+    plain = replace(config, seed=0, forget=0.0, transforms=replace(config.transforms, margins=0.0, rectangles=0.0), lifting=replace(config.lifting, early=0.0))
     return questions(data.batch(0, 0, config.validation), plain, device, "exam")
 
 # %% ../nbs/09_train.ipynb #0a2253dc
@@ -251,14 +266,19 @@ def one_step(
 @torch.no_grad()
 def examine(
     network: UNet,          # in evaluation mode
-    paper: list[Question],  # from `exam`, or some of it
+    paper: list,            # from `exam`, or some of it
     config: TrainConfig,    # of the run
-) -> torch.Tensor:          # (4,) float64: questions, and over them the sums of loss, squared error, and squared error of doing nothing
+) -> torch.Tensor:          # (5,) float64: questions, and over them the sums of loss, squared error, squared error of doing nothing, and depth error (mm)
     "Put the questions to a network."
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for asked in paper:
+        if isinstance(asked, LiftQuestion):
+            error, nothing, off, *_ = view_skill(network, asked, config.lift.split, PRECISIONS[config.precision])
+            n = len(asked.t)
+            sums += torch.tensor([n, n*loss_of(network, asked, config).item(), error.sum().item(), nothing.sum().item(), off.sum().item()])
+            continue
         n, square = len(asked.t), lambda x: (x - asked.target).square().mean((1, 2, 3)).sum().item()
-        sums += torch.tensor([n, n*loss_of(network, asked, config).item(), square(one_step(network, asked, config)), square(asked.input)])
+        sums += torch.tensor([n, n*loss_of(network, asked, config).item(), square(one_step(network, asked, config)), square(asked.input), 0])
     return sums
 
 # %% ../nbs/09_train.ipynb #19872010
@@ -269,7 +289,7 @@ class _Shares(Dataset):
     def __getitem__(self, step):
         try: batch = self.data.batch(self.seed, step, self.size, self.first)
         except RadRotatorError as error: return error        # raised where it can be told in one sentence
-        return batch.input, batch.target, batch.vector, batch.quarantined
+        return type(batch), [value for value in vars(batch).values() if torch.is_tensor(value)], batch.quarantined
 
 # %% ../nbs/09_train.ipynb #f728d5d3
 def feed(
@@ -287,7 +307,8 @@ def feed(
     with deaf(): items = iter(loader)                 # readers begin here
     for item in items:
         if isinstance(item, RadRotatorError): raise item
-        yield Batch(*item[:3], tuple(map(tuple, item[3])))
+        kind, tensors, quarantined = item
+        yield kind(*tensors, tuple(map(tuple, quarantined)))
 
 # %% ../nbs/09_train.ipynb #fd022fde
 @contextmanager
@@ -430,8 +451,8 @@ class Trainer:
         self.share = share_of(config.batch, self.accelerator.process_index, self.accelerator.num_processes)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.network = UNet(config.unet).to(self.device)
-        self.network.checkpointing = machine.checkpointing
+            self.network = build_network(config.shape).to(self.device)
+        if not config.lift: self.network.checkpointing = machine.checkpointing
         self.model = self.accelerator.prepare_model(torch.compile(self.network) if machine.compile else self.network)
         self.ema, self.optimizer = EMA(self.network, config.ema), make_optimizer(self.network, config)
         self.exam = exam(validation, config, self.device) if validation else []
@@ -495,6 +516,7 @@ def train_step(self: Trainer,
 ) -> torch.Tensor:    # (2,): loss of this share, norm of the whole gradient
     "One step, which depends on the seed, the step's number and the weights alone."
     self.network.train()
+    if self.config.lift and self.step == 0 and "init" not in self.about: self.know_population(batch)
     loss = self.gradients_that_fit(batch)
     with self.clock("optimizer"):
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
@@ -504,6 +526,13 @@ def train_step(self: Trainer,
     with self.clock("ema"): self.ema.update(self.network, self.step)
     self.step += 1
     return torch.stack([loss, norm.to(loss)])
+
+# %% ../nbs/09_train.ipynb #ae02923d
+@patch
+def know_population(self: Trainer, batch: SlabBatch):
+    "Let a lifting network begin at the mean shares of the first patients."
+    logits = self.accelerator.reduce(population_logits(batch.slabs.to(self.device)), "mean")
+    for network in (self.network, self.ema.network): network.population.copy_(logits)
 
 # %% ../nbs/09_train.ipynb #3bd3cbd2
 @patch
@@ -584,7 +613,7 @@ def initial(
 ) -> tuple[UNet, dict]:   # the network, and what those weights say of themselves
     "Read weights to begin with, or refuse them."
     network, about = load_weights(path)
-    if network.config != config.unet: raise RadRotatorError(f"{path} holds another network than the one to be trained; choose the preset that it was trained with")
+    if network.config != config.shape: raise RadRotatorError(f"{path} holds another network than the one to be trained; choose the preset that it was trained with")
     return network, about
 
 # %% ../nbs/09_train.ipynb #482d8e9a
@@ -599,7 +628,7 @@ def start_from(self: Trainer,
 
 # %% ../nbs/09_train.ipynb #35ecc0b0
 LOOK = 10  # steps between rows of the log
-COLUMNS = "step", "seconds", "pairs", "loss", "gradient", "rate", "pairs_per_second", "waiting", "quarantined", "validation", "skill"
+COLUMNS = "step", "seconds", "pairs", "loss", "gradient", "rate", "pairs_per_second", "waiting", "quarantined", "validation", "skill", "depth_error"
 
 # %% ../nbs/09_train.ipynb #e421214e
 def read_log(
@@ -664,16 +693,35 @@ def view_sheet(
     return figure
 
 # %% ../nbs/09_train.ipynb #e361145d
+@torch.no_grad()
+def lifting_sheet(
+    network: Lift,        # in evaluation mode
+    asked: LiftQuestion,  # fixed questions
+    config: TrainConfig,  # of the run
+    views: int,           # rows
+):                        # matplotlib Figure
+    "Draw the turned mean of some patients."
+    *_, turned, true = view_skill(network, asked, config.lift.split, PRECISIONS[config.precision])
+    off, size = (asked.slabs.shape[-1] - config.lift.size)//2, config.lift.size
+    pictures = asked.slabs[:, :, off:off + size, off:off + size].sum(1)
+    grey = lambda i, image: (image/pictures[i].max()).cpu().numpy()
+    return view_sheet([Comparison(f"fold 6, patient {i + 1}", tuple(asked.turns[i, 0].round(decimals=1).tolist()), grey(i, pictures[i]), grey(i, turned[i, 0]), grey(i, true[i, 0])) for i in range(min(views, len(pictures)))])
+
+# %% ../nbs/09_train.ipynb #5e90629d
 @patch
 def picture(self: Trainer,
     views: int = 4,  # rows
 ):
     "Draw some answers of the averaged network."
+    (self.folder/"pictures").mkdir(exist_ok=True)
+    if self.config.lift:
+        sheet = lifting_sheet(self.ema.network, self.exam[0], self.config, views)
+        with write_beside(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
+        return
     asked = Question(*(tensor[::2] for tensor in vars(self.exam[0]).values()))  # every other: two in a row are one couple, there and back
     grey = lambda images: from_signed(images)[:, 0].float().cpu().numpy()
     columns = asked.vector.tolist(), grey(asked.input), grey(one_step(self.ema.network, asked, self.config)), grey(asked.target)
     sheet = view_sheet([Comparison(f"fold 6, pair {i + 1}", tuple(vector), *images) for i, (vector, *images) in enumerate(zip(*columns)) if i < views])
-    (self.folder/"pictures").mkdir(exist_ok=True)
     with write_beside(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
 
 # %% ../nbs/09_train.ipynb #855bb38d
@@ -739,6 +787,7 @@ def validate(self: Trainer) -> dict: # validation, skill: figures of the average
     here = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
     sums = self.accelerator.reduce(examine(self.ema.network, self.exam[here], self.config).to(self.device)).tolist()
     figures = dict(validation=round(sums[1]/sums[0], 6), skill=round(1 - sums[2]/sums[3], 4)) if self.exam else {}
+    if self.exam and self.config.lift: figures["depth_error"] = round(sums[4]/sums[0], 2)
     if not self.exam or figures["validation"] < self.best.get("validation", math.inf):
         self.best = dict(step=self.step, **figures)
         made = dict(version=__version__, steps=self.step, seconds=round(self.seconds), samples=self.step*self.config.batch, training=asdict(self.config), **figures)
@@ -750,7 +799,7 @@ def validate(self: Trainer) -> dict: # validation, skill: figures of the average
 @patch
 def batches(self: Trainer):
     "This process's share of every step to come."
-    rendered = isinstance(self.data, OnTheFlyPairs)
+    rendered = isinstance(self.data, (OnTheFlyPairs, OnTheFlySlabs))
     return feed(self.data, self.config.seed, range(self.step, self.config.steps), self.share, 0 if rendered else self.machine.workers, self.device.type == "cuda" and not rendered)
 
 # %% ../nbs/09_train.ipynb #eb975419
@@ -823,9 +872,11 @@ def from_sets(
     "Feeds that read DRR sets."
     if (Path(folder)/"manifest.json").exists(): raise RadRotatorError(f"{folder} is one DRR set; give the folder that holds it and others")
     if not sets_in(folder): raise RadRotatorError(f"{folder} holds no DRR set; give the folder that radrotator pairs wrote" + (", or train on these CTs with --cts" if any(Path(folder).glob("*.nii*")) else ""))
+    if config.lift: raise RadRotatorError("cannot learn depth from DRR sets: they hold views, and no slabs. Train on the CTs themselves, with --cts, or choose --preset paper.")
     data, examined = PairDataset(folder), any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
     size = data.sets[0].manifest["carm"]["size"]
-    if size != config.unet.size: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {config.unet.size}²; choose another preset, set unet.size={size}, or render with --size {config.unet.size}")
+    wanted = config.shape.size
+    if size != wanted: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose another preset, set unet.size={size}, or render with --size {wanted}")
     return data, PairDataset(folder, folds=VALIDATE) if examined else None
 
 # %% ../nbs/09_train.ipynb #819d267e
@@ -838,10 +889,11 @@ def from_jobs(
     progress=lambda jobs, total: jobs, # wraps the volumes while the first ones are made
 ) -> tuple:               # as from `from_sets`
     "Feeds that render."
-    plan = replace(plan, size=config.unet.size, device=device, engine="siddon" if device == "cpu" else "nanodrr")
-    examined = any(job.fold in VALIDATE for job in jobs)
-    return (OnTheFlyPairs(jobs, plan, held=config.held, refresh=config.refresh, workers=workers, progress=progress),
-            OnTheFlyPairs(jobs, plan, folds=VALIDATE, held=config.held, workers=workers, progress=progress) if examined else None)
+    plan = replace(plan, size=config.shape.size, device=device, engine="siddon" if device == "cpu" else "nanodrr")
+    if config.lift: plan = replace(plan, slabs=config.lift.slabs, canvas=config.lift.canvas)
+    examined, rendered = any(job.fold in VALIDATE for job in jobs), OnTheFlySlabs if config.lift else OnTheFlyPairs
+    return (rendered(jobs, plan, held=config.held, refresh=config.refresh, workers=workers, progress=progress),
+            rendered(jobs, plan, folds=VALIDATE, held=config.held, workers=workers, progress=progress) if examined else None)
 
 # %% ../nbs/09_train.ipynb #e7ae3d3b
 def page(
