@@ -431,7 +431,8 @@ def drr_command(
     check_name(out)
     if kerma is not None and kvp is None: raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
     from radrotator.ct import read_ct
-    from radrotator.drr import CArm, Physics, check_angles, render
+    from radrotator.drr import Physics, render
+    from radrotator.geometry import CArm, check_angles
     from radrotator.radiograph import Radiograph, to_unit
     pose = check_angles(x, y, z)
     physics = None if kvp is None else Physics(kvp, kerma=Physics.kerma if kerma is None else kerma)
@@ -471,7 +472,7 @@ def rotate_command(
     "Turn the patient in a radiograph. The result has the frame of the input; what kind of file it is, its name says."
     check_name(out)
     with working("reading"):
-        from radrotator.drr import check_angles
+        from radrotator.geometry import check_angles
         from radrotator.radiograph import patient_data, read_radiograph
         check_angles(x, y, z)
         given = read_radiograph(radiograph, invert, frame)
@@ -893,7 +894,7 @@ def item_rows(
     item: Item,  # with its views
 ) -> list[dict]: # one for each axis
     "An item's figures; None where there is nothing to be said."
-    from radrotator.drr import AXES
+    from radrotator.geometry import AXES
     empty = dict(item=item.name, axis=None, psnr=None, ssim=None, skill=None, noop_psnr=None, seconds=None, note=item.note)
     rows = [] if item.views else [empty]
     for axis, view in zip(AXES, item.views):
@@ -919,7 +920,7 @@ def write_item(
 ):
     "The sheet of an item, and its pictures one by one."
     import numpy as np
-    from radrotator.drr import AXES
+    from radrotator.geometry import AXES
     from radrotator.train import view_sheet
     from radrotator.radiograph import Radiograph, write_picture
     if not item.views: return
@@ -941,7 +942,7 @@ def demo_inputs(
     "Read what the user gives, so that it is refused at once if it must be."
     import numpy as np
     from radrotator.ct import read_ct
-    from radrotator.drr import CArm
+    from radrotator.geometry import CArm
     from radrotator.radiograph import read_radiograph
     pictures, volumes = [read_radiograph(path) for path in radiographs], [read_ct(path) for path in cts]
     for volume, path in zip(volumes, cts): fitted(volume, CArm(), path, [np.zeros(3), *np.eye(3)*TURN])

@@ -30,7 +30,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .core import RadRotatorError, RadRotatorWarning, rng
 from .ct import CT, read_ct
-from .drr import AXES, LIMIT, CArm, Physics, Renderer, Siddon, attenuation, fit_fov, render, rotation
+from .drr import Physics, Renderer, Siddon, attenuation, fit_fov, render
+from .geometry import AXES, LIMIT, CArm, rotation
 from .pairs import cts_in, read_folds, unit_range
 from .phantom import BoneAtlas, phantom
 from .radiograph import Radiograph, resize

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'AXES', 'CONVENTION', 'REACH', 'BODY', 'rotation', 'check_angles', 'turn_between', 'CArm', 'rays',
-           'slab_planes', 'slab_depths', 'plane_homographies', 'image_grid', 'look_up', 'obliquity', 'turn_slabs',
-           'inside_frame']
+           'slab_planes', 'slab_depths', 'plane_homographies', 'image_grid', 'look_up', 'obliquity', 'meet_plane',
+           'turn_slabs', 'inside_frame']
 
 # %% ../nbs/00_geometry.ipynb #f6c90b45
 import math
@@ -162,6 +162,20 @@ def obliquity(
     h, grid = carm.fov/2/carm.sod, image_grid(carm.size, matrices)
     ray = torch.stack([-h*grid[..., 0], -torch.ones_like(grid[..., 0]), -h*grid[..., 1]], dim=-1)
     return ray.norm(dim=-1)/(ray*normal).sum(-1).abs()
+
+# %% ../nbs/00_geometry.ipynb #95ea3cb7
+def meet_plane(
+    turns,                # (N, 3, 3) matrices, float64 tensor: by how much the patient turns
+    depth: torch.Tensor,  # (N, S, S) mm, float64: the plane that each pixel's ray shall meet
+    carm: CArm,           # geometry of the view; S = `carm.size` pixels
+) -> torch.Tensor:        # (N, S, S, 2): where in the input that point is seen, in [-1, 1]
+    "Follow each pixel's ray to a depth of its own, and look from there into the input."
+    half, grid = carm.fov/2, image_grid(carm.size, depth)
+    back = turns.transpose(1, 2)[:, None, None]
+    ray = torch.stack([-half/carm.sod*grid[..., 0], -torch.ones_like(depth[0]), -half/carm.sod*grid[..., 1]], dim=-1)
+    source, ray = carm.sod*back[..., 1], (back @ ray[..., None])[..., 0]
+    point = source + ((depth - source[..., 1])/ray[..., 1])[..., None]*ray
+    return -point[..., 0::2]*carm.sod/(carm.sod - depth[..., None])/half
 
 # %% ../nbs/00_geometry.ipynb #3b319d6d
 def turn_slabs(

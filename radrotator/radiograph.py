@@ -30,6 +30,7 @@ class Radiograph:
     pixels: np.ndarray  # (H, W) float32 in [0, 1]; 0 is air
     spacing: tuple | None = None  # mm between rows and between columns; None where unknown, never a guess
     source: str = ""  # what it was, for a caption; never a file's name, which may be a patient's
+    linear: bool = False  # whether the values are known to be proportional to line integrals, as in a DRR; a film's are not
 
     def __post_init__(self):
         pixels = np.asarray(self.pixels, np.float32)
@@ -464,7 +465,7 @@ def crop(
         seen = seen_from[side](self.pixels[crop.window])
         width = border_width(seen)
         if seen.shape[1] - width >= max(16, seen.shape[1] / 4): crop = replace(crop, **{side: width})
-    return Radiograph(self.pixels[crop.window], self.spacing, self.source), crop
+    return replace(self, pixels=self.pixels[crop.window]), crop
 
 # %% ../nbs/10_radiograph.ipynb #1849d044
 @patch
@@ -480,7 +481,7 @@ def put_back(
                               f"the original {original.shape[0]}×{original.shape[1]}; give the view of the cropped radiograph, and the radiograph it was cropped from")
     pixels = original.pixels.copy()
     pixels[self.window] = view.pixels
-    return Radiograph(pixels, original.spacing, view.source)
+    return replace(original, pixels=pixels, source=view.source)
 
 # %% ../nbs/10_radiograph.ipynb #ec61cd9f
 TITLE = "SYNTHETIC, not for diagnosis"  # of all that is made here

@@ -14,7 +14,6 @@ import numpy as np, torch
 
 from .core import RadRotatorError
 from .diffusion import LAST, STEPS, clean_from, log_snr, log_variance, reverse_step, roots
-from .unet import UNet
 
 # %% ../nbs/08_sample.ipynb #bbc06337
 def log_snr_steps(
@@ -165,7 +164,7 @@ def guide(
 
 # %% ../nbs/08_sample.ipynb #726511de
 def guided(
-    network: UNet,                # predicts velocities
+    network: Callable,            # (x_t, t, input, vector, forget) → velocity, second output or None: a `unet.UNet`
     input: torch.Tensor,          # (B, 1, H, W) radiographs, in [-1, 1]
     vector: torch.Tensor,         # (B, 3) degrees
     scale: float = 1.0,           # g

@@ -22,7 +22,7 @@ from PIL import Image
 from traitlets.log import get_logger
 
 from .core import RadRotatorError
-from .drr import AXES, LIMIT
+from .geometry import AXES, LIMIT
 from .evaluate import sampled
 from .radiograph import Radiograph, resize
 from .rotate import RadRotator, as_radiograph, eight_bits

@@ -6,7 +6,8 @@ import pytest
 from scipy import ndimage, special
 
 from radrotator.ct import read_ct
-from radrotator.drr import CArm, fit_fov, render
+from radrotator.drr import fit_fov, render
+from radrotator.geometry import CArm
 from radrotator.evaluate import JUDGED, Registrar, rotation_error
 
 POSES = np.random.default_rng(0).uniform(-15, 15, (60, 3))

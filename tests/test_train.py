@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from radrotator.cli import main
 from radrotator.ct import CT, write_ct
-from radrotator.drr import CArm
+from radrotator.geometry import CArm
 from radrotator.pairs import draw_poses, write_set
 from radrotator.train import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
 from radrotator.unet import load_weights
