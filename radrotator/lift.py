@@ -31,6 +31,7 @@ class LiftConfig:
     multipliers: tuple = (1, 2, 3)  # of channels, level by level; each level halves the image
     blocks: int = 2                 # residual blocks a level, on the way down and on the way up
     heads: int = 4                  # of attention, at the coarsest level
+    tones: int = 64                 # quantile functions of training pictures, of which every picture's is mixed
     split: float = 2.0              # pixels: standard deviation of the low-pass; what it takes away is detail
     fov: float = 320.0              # mm at the isocentre that a picture of unknown scale is taken for
 
@@ -103,12 +104,13 @@ class LiftAttention(nn.Module):
 # %% ../nbs/07_lift.ipynb #f3d83f5f
 class QuantileNet(nn.Module):
     "Ranks of a picture → quantile function of its line integrals, relative to their mean."
-    def __init__(self, size: int, channels: int = 64):
+    def __init__(self, size: int, bank: int, channels: int = 64):
         super().__init__()
         self.fold = size//8
         layers = lambda c: (nn.Conv2d(c, channels, 3, padding=1), nn.SiLU())
         self.see = nn.Sequential(*layers(2*self.fold**2), *layers(channels), *layers(channels))
-        self.tell = nn.Sequential(nn.Linear(2*channels, channels), nn.SiLU(), _zero(nn.Linear(channels, KNOTS)))
+        self.tell = nn.Sequential(nn.Linear(2*channels, channels), nn.SiLU(), _zero(nn.Linear(channels, bank)))
+        self.register_buffer("bank", torch.linspace(0, 2, KNOTS).repeat(bank, 1))
 
     def forward(self,
         picture,  # (B, 1, S, S) in any tones, rising with the line integral
@@ -116,8 +118,8 @@ class QuantileNet(nn.Module):
     ):            # (B, KNOTS) not descending, ≥ 0
         ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0).view_as(picture)
         seen = self.see(F.pixel_unshuffle(torch.cat([(ranks - 0.5)*known, known - 0.5], 1), self.fold))
-        steps = self.tell(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)).float()
-        return F.softplus(steps - 2.5).cumsum(1)
+        chosen = self.tell(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)).float()
+        return chosen.softmax(1) @ self.bank
 
 # %% ../nbs/07_lift.ipynb #ad538a5d
 @dataclass
@@ -138,7 +140,7 @@ class Lift(nn.Module):
         widths = [m*config.channels for m in config.multipliers]
         step = self.width = 4*config.channels
         block = lambda a, b: LiftBlock(a, b, step)
-        self.tone = QuantileNet(config.size)
+        self.tone = QuantileNet(config.size, config.tones)
         self.stem = nn.Conv2d(4*CHANNELS, widths[0], 3, padding=1)
         self.noisy = _zero(nn.Conv2d(4*(K - 1), widths[0], 3, padding=1, bias=False))
         self.step = nn.Sequential(nn.Linear(config.channels, step), nn.SiLU(), nn.Linear(step, step))

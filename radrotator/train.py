@@ -29,7 +29,7 @@ from .core import RadRotatorError, RadRotatorWarning, alone, deaf, folder_beside
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from .geometry import AXES
 from .lift import Lift, LiftConfig
-from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, view_skill
+from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
 from .pairs import VALIDATE, Batch, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SlabBatch, read_manifest, sets_in
 from .transforms import TransformConfig, from_signed, training_transforms
 from .unet import UNet, UNetConfig, build_network, load_weights, save_weights
@@ -530,9 +530,13 @@ def train_step(self: Trainer,
 # %% ../nbs/09_train.ipynb #ae02923d
 @patch
 def know_population(self: Trainer, batch: SlabBatch):
-    "Let a lifting network begin at the mean shares of the first patients."
+    "Let a lifting network begin at the mean shares of the first patients, and with the tones of their pictures."
     logits = self.accelerator.reduce(population_logits(batch.slabs.to(self.device)), "mean")
-    for network in (self.network, self.ema.network): network.population.copy_(logits)
+    stream = torch.Generator().manual_seed(int(rng(self.config.seed, "bank").integers(2**63)))
+    bank = self.accelerator.gather(tone_bank(batch.slabs, self.config.lift, stream).to(self.device))[:self.config.lift.tones]
+    for network in (self.network, self.ema.network):
+        network.population.copy_(logits)
+        network.tone.bank.copy_(bank)
 
 # %% ../nbs/09_train.ipynb #3bd3cbd2
 @patch
