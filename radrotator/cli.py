@@ -544,7 +544,7 @@ def completed(
     content = [path for path in folder.iterdir() if path.name[0] != "." and path.name != "folds.csv"] if folder.is_dir() else [folder]*folder.exists()
     if not content:                                             # or only what a run leaves that was killed as it began
         if resume and all(getattr(asked, name) is None for name in SOURCES): raise RadRotatorError(f"there is no run in {folder} to go on with, and nothing to begin with; check the name, or give --data SETS, --cts DIR or --phantoms N")
-        return replace(asked, preset=asked.preset or "tiny", seed=asked.seed or 0)
+        return replace(asked, preset=asked.preset or ("paper-tiny" if asked.data else "tiny"), seed=asked.seed or 0)
     try: before = json.loads((folder/"run.json").read_text())
     except (OSError, ValueError): raise RadRotatorError(f"cannot write {folder}: it exists already and is not the folder of a run; choose another name") from None
     if not resume: raise RadRotatorError(f"{folder} holds a run already; add --resume to go on with it, or choose a new folder")
@@ -578,7 +578,7 @@ def settings_of(
 ) -> dict | None:      # key → value; None where nothing was typed
     "Split settings."
     for word in words:
-        if not re.fullmatch(r"[\w.]+=.+", word): raise typer.BadParameter(f"{word!r} is no setting; write it as rate=2e-4 or unet.head=warp")
+        if not re.fullmatch(r"[\w.]+=.+", word): raise typer.BadParameter(f"{word!r} is no setting; write it as rate=2e-4 or lift.slabs=16")
         if word.startswith(("seed=", "steps=")): raise typer.BadParameter(f"{word!r} has an option of its own; use --{word.replace('=', ' ')}")
     return dict(word.split("=", 1) for word in words) or None
 
@@ -628,7 +628,7 @@ def feeds_of(
         data, validation = from_sets(asked.data, config)
         return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
     plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
-    plan = replace(with_settings(plan, settings), size=config.unet.size)
+    plan = replace(with_settings(plan, settings), size=config.shape.size)
     table = folder/"folds.csv"                                  # of CTs that had none, made when the run began: whoever comes later is not in it
     jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, folder, table if table.exists() else None)
     for job in jobs:
@@ -655,11 +655,11 @@ def train_command(
     data: Annotated[Path | None, typer.Option("--data", help="train on DRR sets that radrotator pairs rendered", show_default=False)] = None,  # folder of sets
     cts: Annotated[Path | None, typer.Option("--cts", help="train on CTs that radrotator ingest wrote, rendered while training", show_default=False)] = None,  # folder of CTs
     phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=100_000, help="train on so many synthetic patients, made and rendered while training", show_default=False)] = None,  # patients
-    preset: Annotated[str | None, typer.Option(help="tiny (64², an hour on a CPU), small (128², hours on a GPU) or paper (256², days on GPUs)  [default: tiny]", show_default=False, autocompletion=among("tiny", "small", "paper"))] = None,  # of network and training
+    preset: Annotated[str | None, typer.Option(help="tiny (64², hours on a CPU) or small (128²): say where things lie; paper (256², days on GPUs) or paper-tiny (64²): draw views, told the rotation  [default: tiny, with --data paper-tiny]", show_default=False, autocompletion=among("tiny", "small", "paper"))] = None,  # of network and training
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUT, or begin where there is none")] = False,  # go on
     steps: Annotated[int | None, typer.Option(min=1, help="of training, in all  [default: the preset's]", show_default=False)] = None,  # of training
     minutes: Annotated[float | None, typer.Option(min=0, callback=finite, help="stop after so long, also before the last step  [default: no limit]", show_default=False)] = None,  # of training
-    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="set anything of the recipe, such as rate=2e-4, unet.head=warp or data.one_axis=0; may be given again", show_default=False)] = [],  # of the recipe
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="set anything of the recipe, such as rate=2e-4, lift.slabs=16 or data.one_axis=0; may be given again", show_default=False)] = [],  # of the recipe
     bones: Bones = None,  # bone surfaces
     seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="of phantoms, pairs and weights  [default: 0]", show_default=False)] = None,  # of everything
     init: Annotated[Path | None, typer.Option("--init", help="trained weights to start from  [default: random ones]", show_default=False)] = None,  # a file

@@ -202,7 +202,8 @@ def lifting_loss(
     amount = asked.dense.sum(1, keepdim=True)
     wrong = shares.detail.cumsum(1) - asked.dense.cumsum(1)/amount.clamp(min=1e-6)
     terms["bone"] = (wrong.square().mean(1, keepdim=True)*amount*asked.known).mean((1, 2, 3))
-    terms["tone"] = (shares.knots - quantile_knots(_crop(asked.slabs, size).sum(1).flatten(1), asked.known.flatten(1) > 0)).abs().mean(1)
+    knots = quantile_knots(_crop(asked.slabs, size).sum(1).flatten(1), asked.known.flatten(1) > 0)
+    terms["tone"] = ((shares.knots - knots).abs()/(0.3 + knots)).mean(1)     # relative, or the few brightest would count for most
     if config.view or config.edges:
         turned, true = turn_errors(errors, asked.turns, asked.fov, size, (asked.slabs*asked.valid).detach())
         nothing = true - _crop(asked.slabs, size).sum(1, keepdim=True)

@@ -175,7 +175,7 @@ def test_outputs(command, out, here, capfd):
     ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
     ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "choose one of ddim"),
     ("rotate gone.png -o out.png --json", "gone.png"),
-    ("train --preset huge -o run", "choose tiny or small or paper"),
+    ("train --preset huge -o run", "choose tiny or small or paper-tiny or paper"),
     ("train -o run", "one source of pairs, and none was given"),
     ("train -o run --resume", "there is no run in run to go on with"),
     ("train --phantoms 1 --set steps=3 -o run", "use --steps 3"),
@@ -341,7 +341,7 @@ def test_drr_of_one_ct_has_one_scale(here, capfd):
     assert len({tuple(pydicom.dcmread(f"scale{z}.dcm").PixelSpacing) for z in (0, 15)}) == 1
 
 
-SMALL = "--set unet.size=32 --set unet.channels=8 --set batch=8 --set validation=8 --set data.oversample=1 --workers 0 --device cpu".split()
+SMALL = "--set lift.size=32 --set lift.canvas=48 --set lift.slabs=8 --set lift.channels=16 --set lift.multipliers=1,2 --set held=2 --set batch=8 --set validation=8 --set data.oversample=1 --workers 0 --device cpu".split()
 
 
 def test_train_and_train_on(here, capfd):
@@ -351,9 +351,9 @@ def test_train_and_train_on(here, capfd):
     assert "2 of 2 steps" in accept(capfd, *words, "--minutes", 5, "--resume")
     assert "2 of 2 steps" in accept(capfd, "train", "-o", here/"run", "--resume", "--device", "cpu")  # what was said need not be said again, and what is done stays done
     _, about = load_weights("run/weights.safetensors")
-    assert about["training"]["seed"] == about["data"]["seed"] == 3 and about["training"]["unet"]["channels"] == 8 and about["data"]["size"] == 32
+    assert about["training"]["seed"] == about["data"]["seed"] == 3 and about["training"]["lift"]["channels"] == 16 and about["data"]["size"] == 32
     assert about["device"] == "cpu" and about["processes"] == 1 and about["torch"] == torch.__version__
-    assert about["command"].startswith("radrotator train --out run --phantoms 1 ") and "--set unet.channels=8" in about["command"]
+    assert about["command"].startswith("radrotator train --out run --phantoms 1 ") and "--set lift.channels=16" in about["command"]
     assert str(here) not in json.dumps(about) and "commit" in about
     said(refuse(here, capfd, "train", "--phantoms", 2, "-o", "run", "--resume"), "started with phantoms = 1, not 2")
     said(refuse(here, capfd, "train", "--cts", ".", "-o", "run", "--resume"), "started with cts = None")
@@ -613,7 +613,7 @@ def test_completion_in_bash(here, tmp_path):
     (tmp_path/"radrotator").chmod(0o755)
     done = subprocess.run(["bash", "--norc", "-c", BASH], capture_output=True, text=True, timeout=300, env=os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}"))
     *said, files, how = done.stdout.splitlines()
-    assert [line.split() for line in said] == [["sweep"], ["--no-mark"], ["x", "y", "z"], ["ddim", "ddpm"], ["cuda"], ["tiny", "small", "paper"]], done.stderr
+    assert [line.split() for line in said] == [["sweep"], ["--no-mark"], ["x", "y", "z"], ["ddim", "ddpm"], ["cuda"], ["tiny", "small", "paper-tiny", "paper"]], done.stderr
     assert files == "" and "-o default" in how                       # bash itself completes files, where we have nothing to offer
 
 

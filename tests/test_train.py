@@ -18,7 +18,7 @@ from radrotator.unet import load_weights
 
 ROOT = Path(__file__).parents[1]
 QUIET = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT)))
-RECIPE = {"unet.size": "16", "unet.channels": "8", "unet.multipliers": "1,2", "unet.attention": "[]", "unet.heads": "2", "unet.groups": "4", "unet.head": "velocity", "unet.depths": "[]", "unet.learned_variance": "true",
+RECIPE = {"unet.size": "16", "unet.channels": "8", "unet.multipliers": "1,2", "unet.attention": "[]", "unet.heads": "2", "unet.groups": "4", "unet.learned_variance": "true",
           "batch": "16", "every": "5", "validation": "1", "precision": "fp32", "warmup": "10", "decay": "false"}
 FIGURES = "step", "pairs", "loss", "gradient", "rate", "quarantined", "validation", "skill"   # of the log; the others tell the time
 SERVER = """
@@ -464,7 +464,7 @@ def test_what_is_resumed_otherwise_is_refused_by_name(server, untold, plain, tmp
 
 def test_what_goes_without_saying_may_be_said(server, untold, plain, tmp_path):
     run = shutil.copytree(plain, tmp_path/"run")
-    assert server(*command(untold, run, "--steps", 20, "--resume", "--preset", "tiny", "--seed", 0, every=1))[::2] == (0, "")
+    assert server(*command(untold, run, "--steps", 20, "--resume", "--preset", "paper-tiny", "--seed", 0, every=1))[::2] == (0, "")
 
 
 def test_a_run_killed_as_it_began_begins(server, untold, plain, tmp_path):
@@ -485,7 +485,7 @@ def test_a_finished_run_stays_as_it_is(server, untold, plain, tmp_path):
 
 def test_weights_say_how_they_were_made_and_nothing_of_this_machine(whole, sets):
     network, about = load_weights(whole/"weights.safetensors")
-    config = replace(with_settings(PRESETS["tiny"], RECIPE), steps=20)
+    config = replace(with_settings(PRESETS["paper-tiny"], RECIPE), steps=20)
     assert about["training"] == json.loads(json.dumps(asdict(config))) and about["training"]["unet"] == json.loads(json.dumps(asdict(network.config)))
     assert network.config.channels == 8 and about["training"]["warmup"] == 10 and about["steps"] == 20 and about["samples"] == 320
     assert about["data"] == dict(sets=4, folder=sets.name) and about["command"].startswith("radrotator train ") and "unet.channels=8" in about["command"]
