@@ -103,7 +103,7 @@ class LiftAttention(nn.Module):
 
 # %% ../nbs/07_lift.ipynb #f3d83f5f
 class QuantileNet(nn.Module):
-    "Ranks of a picture → quantile function of its line integrals, relative to their mean."
+    "Ranks of a picture → which quantile functions of the bank its line integrals have."
     def __init__(self, size: int, bank: int, channels: int = 64):
         super().__init__()
         self.fold = size//8
@@ -115,11 +115,18 @@ class QuantileNet(nn.Module):
     def forward(self,
         picture,  # (B, 1, S, S) in any tones, rising with the line integral
         known,    # (B, 1, S, S) 1 where it shows something
-    ):            # (B, KNOTS) not descending, ≥ 0
+    ):            # (B, bank) logarithms of the mixture's weights
+        "Choose by what the picture of the ranks looks like."
         ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0).view_as(picture)
         seen = self.see(F.pixel_unshuffle(torch.cat([(ranks - 0.5)*known, known - 0.5], 1), self.fold))
         chosen = self.tell(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)).float()
-        return chosen.softmax(1) @ self.bank
+        return chosen.log_softmax(1)
+
+    def quantiles(self,
+        weights,  # (B, bank) logarithms of the mixture's weights
+    ):            # (B, KNOTS) quantile functions, relative to the mean; not descending, ≥ 0
+        "Mix the bank."
+        return weights.exp() @ self.bank
 
 # %% ../nbs/07_lift.ipynb #ad538a5d
 @dataclass
@@ -129,7 +136,7 @@ class Shares:
     detail: torch.Tensor  # (B, K, S, S) shares of the rest
     rim: torch.Tensor     # (B, K, C, C) shares around the picture
     gate: torch.Tensor    # (B, 1, C, C) line integral around the picture, relative to its nearest known pixel
-    knots: torch.Tensor   # (B, KNOTS) quantile function of the line integrals, relative to their mean
+    tones: torch.Tensor   # (B, tones) logarithms of the weights of known quantile functions
 
 # %% ../nbs/07_lift.ipynb #71dc65f9
 class Lift(nn.Module):
@@ -192,10 +199,10 @@ def forward(self: Lift,
 ) -> Shares:
     "Say at which depth each part of a radiograph lies."
     config, K = self.config, self.config.slabs
-    knots = self.tone(picture, known).float()
+    tones = self.tone(picture, known)
     if linear is not None:
         ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0)
-        picture = torch.where(linear.view(-1, 1, 1, 1), picture, from_ranks(ranks, knots.detach()).view_as(picture))
+        picture = torch.where(linear.view(-1, 1, 1, 1), picture, from_ranks(ranks, self.tone.quantiles(tones.detach())).view_as(picture))
     h, step = self.stem(F.pixel_unshuffle(features(picture, known), 2)), None
     if noisy is not None:
         early = (t < LAST).to(noisy)
@@ -214,7 +221,7 @@ def forward(self: Lift,
     logits, around = F.pixel_shuffle(self.out(h), 2).float(), _resize(around.float(), config.canvas)
     usual = _resize(self.population[None], config.canvas)
     tissue, detail = (logits.unflatten(1, (2, K)) + _crop(usual, config.size)[:, None]).softmax(2).unbind(1)
-    return Shares(tissue, detail, (around[:, :K] + usual).softmax(1), 2*around[:, K:].sigmoid(), knots)
+    return Shares(tissue, detail, (around[:, :K] + usual).softmax(1), 2*around[:, K:].sigmoid(), tones)
 
 # %% ../nbs/07_lift.ipynb #09d93095
 def cumulative(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LiftingConfig', 'LiftQuestion', 'random_boxes', 'random_turns', 'restyle', 'ask', 'population_logits', 'tone_bank',
-           'turn_errors', 'answer', 'lifting_loss', 'view_skill']
+           'turn_errors', 'answer', 'tone_error', 'lifting_loss', 'view_skill']
 
 # %% ../nbs/08_losses.ipynb #33935c44
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class LiftingConfig:
     edges: float = 1.0        # of its gradient, the same
     bone: float = 3.0         # of where bone and metal lie, for the detail's shares
     rim: float = 0.3          # of what lies around the picture
-    tone: float = 1.0         # of the quantile function
+    tone: float = 0.1         # of the choice of quantile functions
     own_error: bool = True    # divide the turned error by that of doing nothing, sample by sample
 
 # %% ../nbs/08_losses.ipynb #cc9ee00a
@@ -184,6 +184,18 @@ def answer(
     return shares, layers(shares, truth, asked.known, split)
 
 # %% ../nbs/08_losses.ipynb #8e038a2c
+def tone_error(
+    bank: torch.Tensor,   # (tones, KNOTS) known quantile functions
+    tones: torch.Tensor,  # (B, tones) logarithms of the weights that were given to them
+    asked: LiftQuestion,  # with the true line integrals
+) -> torch.Tensor:        # (B,) cross-entropy
+    "Compare the chosen quantile functions with those that are nearest to the true one."
+    picture = _crop(asked.slabs, asked.known.shape[-1]).sum(1)
+    true = quantile_knots(picture.flatten(1), asked.known.flatten(1) > 0)[:, None]
+    apart = ((bank - true).abs()/(0.3 + true)).mean(2)                      # relative, or the few brightest would count for most
+    return -((-apart/0.05).softmax(1)*tones).sum(1)
+
+# %% ../nbs/08_losses.ipynb #70ee0001
 def lifting_loss(
     network,               # `Lift`, perhaps wrapped
     asked: LiftQuestion,   # what to answer
@@ -202,8 +214,7 @@ def lifting_loss(
     amount = asked.dense.sum(1, keepdim=True)
     wrong = shares.detail.cumsum(1) - asked.dense.cumsum(1)/amount.clamp(min=1e-6)
     terms["bone"] = (wrong.square().mean(1, keepdim=True)*amount*asked.known).mean((1, 2, 3))
-    knots = quantile_knots(_crop(asked.slabs, size).sum(1).flatten(1), asked.known.flatten(1) > 0)
-    terms["tone"] = ((shares.knots - knots).abs()/(0.3 + knots)).mean(1)     # relative, or the few brightest would count for most
+    terms["tone"] = tone_error(getattr(network, "module", network).tone.bank, shares.tones, asked)
     if config.view or config.edges:
         turned, true = turn_errors(errors, asked.turns, asked.fov, size, (asked.slabs*asked.valid).detach())
         nothing = true - _crop(asked.slabs, size).sum(1, keepdim=True)

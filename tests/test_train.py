@@ -544,7 +544,7 @@ def test_events_can_be_read_back(server, untold, plain, tmp_path):
     code, _, err = server(*words)
     assert code == 0 and "Traceback" not in err
     events = EventAccumulator(str(run/"events")).Reload()
-    assert set(events.Tags()["scalars"]) == set(COLUMNS) - {"step", "validation", "skill"}
+    assert set(events.Tags()["scalars"]) == set(COLUMNS) - {"step", "validation", "skill", "depth_error"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([event.value for event in events.Scalars("loss")], losses(run), rtol=1e-6)
     assert losses(run) == losses(plain)[:6]
