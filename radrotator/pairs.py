@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from . import __version__
 from .core import RadRotatorError, alone, deaf, each, end_with_parent, in_own_group, rng, sha256, write_beside
 from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
-from .drr import MU_WATER, Physics, Renderer, fit_fov
+from .drr import MU_WATER, Physics, Renderer, fit_fov, recentre
 from .geometry import AXES, CONVENTION, CArm, rotation, slab_planes
 from .phantom import LABELS, BoneAtlas, member, phantom
 
@@ -172,9 +172,11 @@ class SetPlan:
     slab_fov: tuple = (250, 400) # mm, drawn uniformly for each picture whose slabs are rendered; less where the CT is too short
     shift: float = 30.0       # mm at most by which such a picture is off the CT's isocentre, to the side and up or down
     echo: int = 4             # steps in a row that ask about the same slabs, each time otherwise
+    centre: str = "picture"   # what pairs turn about: where the frontal picture balances; or "volume", the CT's own isocentre, as in the paper
 
     def __post_init__(self):
         if self.drrs < 3: raise RadRotatorError(f"{self.drrs} DRRs hold no pair of the protocol; ask for 3 or more")
+        if self.centre not in ("picture", "volume"): raise RadRotatorError(f"cannot turn patients about {self.centre!r}: there is no such centre. Choose picture or volume.")
 
 # %% ../nbs/04_pairs.ipynb #adca3e08
 INDIFFERENT = "device", "count", "bones"  # to the images: where they are computed, how many others there are, and where a file lies
@@ -268,7 +270,7 @@ def write_set(
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=(len(poses), carm.size, carm.size)))
         for i in range(0, len(poses), 32): file.write(renderer(poses[i:i + 32], carm, plan.oversample).cpu().numpy().astype("<f2").tobytes())
     images = dict(bytes=(folder/"drr.npy").stat().st_size, sha256=sha256(folder/"drr.npy"))
-    write_manifest(folder, set_recipe(ct.name, plan, **more) | images | dict(version=__version__, patient=patient or ct.name, fold=fold, carm=asdict(carm), poses=poses.tolist()))
+    write_manifest(folder, set_recipe(ct.name, plan, **more) | images | dict(version=__version__, patient=patient or ct.name, fold=fold, carm=asdict(carm), isocentre=ct.centre.tolist(), poses=poses.tolist()))
     return folder
 
 # %% ../nbs/04_pairs.ipynb #90b8f2e1
@@ -440,8 +442,13 @@ def prepare(self: SetPlan,
     wished, seed = CArm(size=self.size, fov=self.slab_fov[1] if self.slabs else random.uniform(*self.fov)), int(random.integers(2**31))
     ct = replace(self.ct(job), name=job.name)
     if not -1000 < ct.hu.max() < np.inf: raise Refusal("NOT_HU", f"{job.name}: nothing in this CT is denser than air, or its values are not finite; give Hounsfield units, or remove it")
-    try: return ct, fit_fov(ct, wished), seed
+    try:
+        carm = fit_fov(ct, wished)
+        if self.centre == "picture" and not self.slabs:         # of slabs each picture is centred by itself
+            ct = recentre(ct, carm)
+            carm = fit_fov(ct, carm)
     except RadRotatorError as error: raise Refusal("TOO_SHORT", str(error)) from None
+    return ct, carm, seed
 
 # %% ../nbs/04_pairs.ipynb #d6a91d6b
 @patch

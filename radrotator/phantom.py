@@ -1981,7 +1981,7 @@ def cut_out(
     g: np.random.Generator,  # random numbers
 ):
     "Air around the bones, with the sharp and ragged edge that a threshold leaves."
-    edge, outside = g.uniform(-0.8, 0.6), np.ones(scene.grid.shape, bool)
+    edge, outside = g.uniform(-0.1, 0.6)*scene.grid.spacing, np.ones(scene.grid.shape, bool)
     for d, box in fields: outside[box] &= d + 0.4*scene.texture[box] > edge
     metal = scene.labels >= LABELS["implant"]
     scene.hu[outside & ~metal] = -1000

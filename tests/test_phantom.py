@@ -1,4 +1,4 @@
-"What a notebook is no place for: the folder in which the bone atlas is published, right and wrong; every member of a population on its own."
+"What a notebook is no place for: the folders and files of bone atlases, right and wrong; every member of a population on its own; bodies by the dozen."
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from radrotator.core import RadRotatorError, shared_data
-from radrotator.phantom import BONES, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom, population
+from radrotator.phantom import BONES, FEMORA, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom, population, skeleton
 
 FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
 
@@ -92,11 +92,42 @@ def test_packed_file_and_published_folder_are_one_atlas(tmp_path):
     assert (a.labels != b.labels).mean() < 1e-3
 
 
-def digest(i): return member(i, 4, 6.0, implants=0.4).hu
+def whole_pelves(path, patients=14):
+    "A packed atlas of whole pelves: three balls in one mesh, and rods with a ball for femora"
+    vertices, faces = balls(range(patients))
+    n = vertices.shape[2]
+    joined = np.concatenate([faces[b] + i*n for i, b in enumerate(BONES)])
+    shuffled = np.random.default_rng(0).permutation(3*n)   # bones are told apart by what hangs together
+    pelvis = vertices.reshape(patients, -1, 3)[:, np.argsort(shuffled)]
+    rod = vertices[:, 0] - vertices[:, 0].mean(1, keepdims=True)
+    np.savez(path, pelvis=pelvis, femur_left=rod - [90, 0, 60], femur_right_mirrored=rod*[-1, 1, 1] + [90, 0, -60], faces_pelvis=shuffled[joined], faces_femur=faces["hip_left"])
+    return vertices, faces
+
+
+def test_whole_pelves_fall_into_bones(tmp_path):
+    vertices, _ = whole_pelves(tmp_path/"a.npz")
+    patients, read, faces = load_surfaces(tmp_path/"a.npz")
+    assert patients.min() >= 1000 and list(faces) == [*BONES, *FEMORA] and read.shape[:2] == (14, 5)
+    for i, bone in enumerate(BONES):  # the same triangles, whatever the order of their vertices
+        corner = lambda v, f: np.sort(v[:, f].mean(2).round(3), axis=1)
+        np.testing.assert_allclose(corner(read[:, i], faces[bone]), corner(vertices[:, i], balls([0])[1][bone]), atol=1e-2)
+    outward = lambda v, f: np.einsum("ij,ij->", v[f[:, 0]], np.cross(v[f[:, 1]], v[f[:, 2]]))
+    centred = lambda v: v - v.mean(0)
+    assert outward(centred(read[0, 3]), faces["femur_left"])*outward(centred(read[0, 4]), faces["femur_right"]) > 0  # a mirror image is not inside out
+
+
+@pytest.mark.parametrize("key", ["femur_right_mirrored", "faces_pelvis", "faces_femur"])
+def test_whole_pelves_need_all_their_parts(tmp_path, key):
+    whole_pelves(tmp_path/"a.npz")
+    with np.load(tmp_path/"a.npz") as z: np.savez(tmp_path/"b.npz", **{k: z[k] for k in z if k != key})
+    with pytest.raises(RadRotatorError, match="not a bone atlas"): load_surfaces(tmp_path/"b.npz")
+
+
+def digest(i): return member(i, 4, 6.0, implants=0.4, fractures=0.5, lost=0.5).hu
 
 
 def test_members_are_the_same_in_any_process():
-    here = [ct.hu for ct in population(4, 4, spacing=6.0, implants=0.4)]
+    here = [ct.hu for ct in population(4, 4, spacing=6.0, implants=0.4, fractures=0.5, lost=0.5)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool: there = list(pool.map(digest, reversed(range(4))))
     for a, b in zip(here, reversed(there)): assert np.array_equal(a, b)
 
@@ -113,3 +144,42 @@ def test_no_ray_shows_where_the_volume_ends(seed):
     from radrotator.geometry import CArm
     corners = np.array(np.meshgrid([-15, 15], [-15, 15], [-15, 15])).reshape(3, -1).T
     assert not truncated(phantom(seed, 6.0, soft=True), corners, CArm(size=24, fov=320)).any()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_body_is_whole_and_covers_its_bones(seed):
+    ct = phantom(seed, 6.0, soft=True)
+    x, y, z = ct.labels.shape
+    body = ct.labels[:, :, z//2 - 40:z//2 + 40] > 0    # 240 mm above and below the middle
+    assert not body[:, [0, -1]].any() and not body[[0, -1]].any()
+    bone = np.isin(ct.labels, [LABELS[b] for b in (*BONES, "vertebrae")])
+    bone[:, :, [0, -1]] = False
+    for axis in (0, 1):
+        for step in (-1, 1): assert (bone & np.roll(ct.labels == 0, step, axis)).sum() < 0.01*bone.sum()  # a voxel of tissue around bone
+    assert 150 < np.ptp(np.nonzero(body.any((0, 2)))[0])*6 < 540
+
+
+def test_what_lies_on_a_table_is_flat_behind():
+    for seed in range(6):
+        ct = phantom(seed, 4.0, soft=True)
+        level = ct.labels[:, :, ct.labels.shape[2]//2] > 0
+        wide = np.flatnonzero(level.any(1))
+        middle = wide[len(wide)//4:-(len(wide)//4)]
+        back, front = np.argmax(level[middle], 1)*4.0, np.argmax(level[middle, ::-1], 1)*4.0
+        slope = lambda v: v - np.polyval(np.polyfit(middle, v, 1), middle)
+        assert slope(back).std() < 9 and slope(back).std() < slope(front).std() + 3
+
+
+def test_broken_lost_and_cut_out():
+    for seed in range(4):
+        whole, broken = (phantom(seed, 5.0, soft=False, fractured=f, segmented=True) for f in (False, True))
+        assert (whole.labels != broken.labels).any() and broken.hu.min() == -1000
+        assert np.unique(whole.hu[whole.labels == 0]).tolist() == [-1000]
+    kinds = {tuple(np.unique(phantom(seed, 8.0, soft=False, lost=True).labels)) for seed in range(12)}
+    assert len(kinds) > 4
+    assert len(skeleton(1, fractured=True).bones) > len(skeleton(1).bones)
+
+
+def test_shares_of_a_population():
+    seen = [member(i, 0, 8.0, soft=False, segmented=share) for i in range(3) for share in (0, 1)]
+    assert [bool((ct.hu[ct.labels == 0] > -1000).any()) for ct in seen] == [True, False]*3  # a soft edge, or none
