@@ -126,7 +126,7 @@ class QuantileNet(nn.Module):
         weights,  # (B, bank) logarithms of the mixture's weights
     ):            # (B, KNOTS) quantile functions, relative to the mean; not descending, ≥ 0
         "Mix the bank."
-        return weights.exp() @ self.bank
+        return (weights.float().exp()[..., None]*self.bank).sum(1)   # no matrix product: autocast would round it
 
 # %% ../nbs/07_lift.ipynb #ad538a5d
 @dataclass
