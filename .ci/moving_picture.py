@@ -23,16 +23,21 @@ def poses():
 def panels(model, soft):
     "For each pose the input, the rotated and the true view of the unseen phantom, on one scale of greys"
     import numpy as np
-    from radrotator.drr import CArm, fit_fov, render
-    from radrotator.pairs import unit_range
+    from radrotator.drr import Renderer, fit_fov
+    from radrotator.evaluate import SCALE
+    from radrotator.geometry import CArm
     from radrotator.phantom import phantom
+    from radrotator.radiograph import Radiograph
     ct = phantom(UNSEEN, spacing=2.0, soft=soft)
     each, which = np.unique(poses(), axis=0, return_inverse=True)
-    carm = fit_fov(ct, CArm(size=SIZE, fov=300.0), each)
-    (input,), truths = unit_range(render(ct, [0, 0, 0], carm, oversample=2), render(ct, each, carm, oversample=2))
-    rotated = [view.pixels for view in model.views(input, each)]
+    carm, renderer = fit_fov(ct, CArm(size=SIZE, fov=300.0), each), Renderer(ct)
+    offset = renderer.recentred(np.zeros((1, 3)), carm)
+    input, *truths = renderer(np.concatenate([np.zeros((1, 3)), each]), carm, 2, offset[0]).numpy()
+    scale = SCALE/input.max()
+    rotated = [view.pixels for view in model.views(Radiograph(input*scale, linear=True), each)]
+    input, truths = input*scale, np.stack(truths)*scale
     low = np.percentile(input, 3)  # else a little air takes up half of the greys
-    shade = lambda picture: (255*((picture - low)/(1 - low)).clip(0, 1)).astype(np.uint8)
+    shade = lambda picture: (255*((picture - low)/(SCALE - low)).clip(0, 1)).astype(np.uint8)
     return [(shade(input), shade(rotated[i]), shade(truths[i])) for i in which.ravel()]
 
 

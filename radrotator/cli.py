@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['STORY', 'SHORT', 'app', 'UsageError', 'UNWRITABLE', 'Json', 'X', 'Y', 'Z', 'Seed', 'Device', 'Bones', 'Out',
-           'Workers', 'Input', 'Crop', 'Frame', 'Mark', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Axis',
-           'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'COLUMNS', 'DECODERS', 'OPTIONAL', 'VERSIONS',
-           'Story', 'examples_of', 'start', 'Stopped', 'one_line', 'told', 'unheard', 'main', 'Result', 'answering',
-           'command', 'among', 'finite', 'check_name', 'check_parent', 'check_folder', 'check_bones', 'reasons_of',
-           'counted', 'working', 'bar', 'load_model', 'cores', 'phantom_command', 'ingest_command', 'ingested',
-           'shard_of', 'pairs_command', 'fitted', 'drr_command', 'unfamiliar', 'rotate_command', 'sweep_command',
-           'Asked', 'completed', 'recipe_of', 'settings_of', 'commit', 'command_line', 'feeds_of', 'provenance',
-           'train_command', 'here', 'watched', 'begin', 'run', 'trained', 'report_command', 'patients_of',
-           'evaluate_command', 'convert_command', 'Item', 'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows',
-           'shown', 'write_item', 'demo_inputs', 'demo_items', 'check_demo', 'demo_command', 'demo_text', 'Check',
-           'without_folders', 'tried', 'version_of', 'weights_found', 'a_turn', 'gpus_found', 'a_gpu', 'a_decoder',
-           'an_encoder', 'this_folder', 'examined', 'system', 'doctor_command', 'diagnosis']
+           'Workers', 'Input', 'Crop', 'Frame', 'Mark', 'Invert', 'Weights', 'Steps', 'Guidance', 'Solver', 'Detail',
+           'Linear', 'Centre', 'Axis', 'VOLUMES', 'SOURCES', 'ENDS', 'TURN', 'TITLE', 'FAMILIAR', 'COLUMNS', 'DECODERS',
+           'OPTIONAL', 'VERSIONS', 'Story', 'examples_of', 'start', 'Stopped', 'one_line', 'told', 'unheard', 'main',
+           'Result', 'answering', 'command', 'among', 'finite', 'check_name', 'check_parent', 'check_folder',
+           'check_bones', 'reasons_of', 'counted', 'working', 'bar', 'load_model', 'cores', 'phantom_command',
+           'ingest_command', 'ingested', 'shard_of', 'pairs_command', 'fitted', 'centred', 'drr_command', 'unfamiliar',
+           'rotate_command', 'sweep_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit',
+           'command_line', 'feeds_of', 'provenance', 'train_command', 'here', 'watched', 'begin', 'run', 'trained',
+           'report_command', 'patients_of', 'evaluate_command', 'convert_command', 'Item', 'seconds_per_view',
+           'ct_item', 'radiograph_item', 'item_rows', 'shown', 'write_item', 'demo_inputs', 'demo_items', 'check_demo',
+           'demo_command', 'demo_text', 'Check', 'without_folders', 'tried', 'version_of', 'weights_found', 'a_turn',
+           'gpus_found', 'a_gpu', 'a_decoder', 'an_encoder', 'this_folder', 'examined', 'system', 'doctor_command',
+           'diagnosis']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import contextlib, errno, functools, importlib.metadata, inspect, io, json, math, os, platform, re, shlex, shutil, subprocess, sys, time, warnings
@@ -203,9 +204,22 @@ Frame = Annotated[int | None, typer.Option("--frame", min=1, help="which picture
 Mark = Annotated[bool | None, typer.Option("--mark/--no-mark", help="burn the word SYNTHETIC into a corner; without it in what is to be turned again  [default: in DICOM only]", show_default=False)]
 Invert = Annotated[bool, typer.Option("--invert", help="the picture shows bone dark and does not say so")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="a .safetensors file  [default: the weights that come with the package]", show_default=False)]
-Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="of the solver  [default: the weights' own]", show_default=False)]
-Guidance = Annotated[float | None, typer.Option(min=0, max=100, callback=finite, help="scale of classifier-free guidance  [default: the weights' own]", show_default=False)]
-Solver = Annotated[str | None, typer.Option(help="ddim, dpm (DPM-Solver++) or ddpm  [default: the weights' own]", show_default=False, autocompletion=among("ddim", "dpm", "ddpm"))]
+Steps = Annotated[int | None, typer.Option(
+    min=1, max=1000, show_default=False,
+    help="of the solver: 1 gives the mean, more a sample. Weights that lift know samples only if trained with lifting.early above 0  [default: the weights' own]")]
+Guidance = Annotated[float | None, typer.Option(
+    min=0, max=100, callback=finite, show_default=False,
+    help="scale of classifier-free guidance, of weights that draw views, as the paper's; others are told no rotation  [default: the weights' own]")]
+Solver = Annotated[str | None, typer.Option(
+    show_default=False, autocompletion=among("ddim", "dpm", "ddpm"),
+    help="ddim, dpm (DPM-Solver++) or ddpm: how samples are drawn where there is more than one step  [default: the weights' own]")]
+Detail = Annotated[float | None, typer.Option(
+    min=0, max=1, callback=finite, show_default=False,
+    help="1 sharp, 0 the mean of all that the picture leaves open; of weights that lift  [default: the weights' own]")]
+Linear = Annotated[bool, typer.Option("--line-integrals", help="the pixels are line integrals, as in a DRR; otherwise their tones are guessed")]
+Centre = Annotated[str, typer.Option(
+    autocompletion=among("picture", "volume"),
+    help="what patients turn about: picture, the point about which the frontal picture balances, as it does for weights that lift; or volume, the CT's middle, as in the paper")]
 Axis = Enum("Axis", {axis: axis for axis in "xyz"}, type=str)
 
 # %% ../nbs/14_cli.ipynb #ad892f33
@@ -387,6 +401,7 @@ def pairs_command(
     oversample: Annotated[int, typer.Option(min=1, max=8, help="rays along each side of a pixel, averaged")] = 1,  # rays
     seed: Seed = 0,          # of the poses and of new folds
     workers: Annotated[int, typer.Option(min=1, max=1024, help="processes; one uses all cores to render, more also read side by side, at about 1 GB each")] = 1,  # processes
+    centre: Centre = "picture",  # to turn about
     device: Device = "cpu",  # where to render
 ) -> Result:
     "Render the DRRs from which training draws its pairs."
@@ -396,10 +411,11 @@ def pairs_command(
     from radrotator.pairs import SetPlan, ct_sets
     from radrotator.rotate import pick_device
     device = pick_device(device)
-    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine="siddon" if device == "cpu" else "nanodrr", device=device)
+    engine = "siddon" if device == "cpu" else "nanodrr"
+    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre)
     rows = ct_sets(cts, out, plan, share, workers, functools.partial(bar, what="rendering"), folds)
     count = {status: sum(row["status"] == status for row in rows) for status in ("made", "kept", "refused", "stray")}
-    known = dict(out=out, shard=shard) | count | dict(drrs=sum(row["drrs"] for row in rows), reasons=reasons_of(rows))
+    known = dict(out=out, shard=shard, centre=centre) | count | dict(drrs=sum(row["drrs"] for row in rows), reasons=reasons_of(rows))
     return Result(f"{counted(known['reasons'], REASONS)}{out}: {count['made']} DRR sets made, {count['kept']} kept, {count['refused']} refused, {count['stray']} without a CT; {known['drrs']} DRRs"
                   + (f" in share {shard}" if shard != "1/1" else ""), known, int(count["refused"] > 0))
 
@@ -415,6 +431,21 @@ def fitted(
     try: return fit_fov(ct, carm, poses)
     except RadRotatorError as error: raise RadRotatorError(f"{path}: {error}") from None
 
+# %% ../nbs/14_cli.ipynb #84cbb25c
+def centred(
+    ct,           # `CT`
+    carm,         # `CArm` wished for
+    path: Path,   # where the CT came from, for the message
+    centre: str,  # "picture" or "volume"
+):                # (`CT`, `CArm`): turning about that centre, with a field of view in which it has no end
+    "Fit the field of view, and let the patient turn about the centre that is meant."
+    from radrotator.drr import recentre
+    if centre not in ("picture", "volume"): raise RadRotatorError(f"cannot turn patients about {centre!r}: there is no such centre. Choose picture or volume.")
+    carm = fitted(ct, carm, path)
+    if centre == "volume": return ct, carm
+    ct = recentre(ct, carm)
+    return ct, fitted(ct, carm, path)
+
 # %% ../nbs/14_cli.ipynb #2421fabb
 @command("drr", "pelvis.nii.gz -o frontal.png", "pelvis.nii.gz -o oblique.dcm --z 12 --size 512 --kvp 80")
 def drr_command(
@@ -424,6 +455,7 @@ def drr_command(
     size: Annotated[int, typer.Option(min=16, max=4096, help="pixels along each side")] = 256,  # pixels
     fov: Annotated[float, typer.Option(min=20, max=1000, callback=finite, help="field of view at the isocentre, mm; less where the CT is too short")] = 320.0,  # mm
     kvp: Annotated[float | None, typer.Option(help="tube voltage, 40 to 150 kV: expose with a real spectrum, scatter and noise  [default: line integrals at one energy]", show_default=False)] = None,  # kV
+    centre: Centre = "picture",      # to turn about
     mark: Mark = None,               # the corner
     kerma: Annotated[float | None, typer.Option(help="with --kvp: dose, air kerma at the detector without a patient, µGy  [default: 1000]", show_default=False)] = None,  # µGy
 ) -> Result:
@@ -437,12 +469,11 @@ def drr_command(
     pose = check_angles(x, y, z)
     physics = None if kvp is None else Physics(kvp, kerma=Physics.kerma if kerma is None else kerma)
     with working("rendering"):
-        volume = read_ct(ct)
-        carm = fitted(volume, CArm(size=size, fov=fov), ct)
+        volume, carm = centred(read_ct(ct), CArm(size=size, fov=fov), ct, centre)
         image = to_unit(render(volume, pose, carm, oversample=2, physics=physics)[0], ct)
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm at the isocentre{physics and f', {kvp:g} kV, {physics.kerma:g} µGy at the detector' or ''}"
     Radiograph(image, (carm.fov/size,)*2).write(out, f"DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})", mark)
-    return Result(f"wrote {out}: {text}", dict(input=ct, out=out, x=x, y=y, z=z, size=size, fov=carm.fov, spacing=carm.fov/size, kvp=kvp, kerma=physics and physics.kerma))
+    return Result(f"wrote {out}: {text}", dict(input=ct, out=out, x=x, y=y, z=z, size=size, fov=carm.fov, centre=centre, isocentre=volume.centre.tolist(), spacing=carm.fov/size, kvp=kvp, kerma=physics and physics.kerma))
 
 # %% ../nbs/14_cli.ipynb #5dab0788
 def unfamiliar(
@@ -464,6 +495,7 @@ def rotate_command(
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
     keep: Annotated[list[str] | None, typer.Option(help="an attribute of the patient or the study to copy from INPUT into a DICOM result, such as PatientID; may be repeated  [default: none]", show_default=False)] = None,  # of the patient
     mark: Mark = None,               # the corner
+    detail: Detail = None, line_integrals: Linear = False,                  # for weights that lift
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
@@ -475,15 +507,16 @@ def rotate_command(
         from radrotator.geometry import check_angles
         from radrotator.radiograph import patient_data, read_radiograph
         check_angles(x, y, z)
-        given = read_radiograph(radiograph, invert, frame)
+        given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
         kept = patient_data(radiograph, *keep) if keep else None
-    (model, name), asked = load_model(weights, device), dict(steps=steps, guidance=guidance, solver=solver, seed=seed)
+    (model, name), asked = load_model(weights, device), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.settled(**asked)
     with working("turning", sampling["steps"]) as far: view = model.rotate(given, x, y, z, crop=crop, watch=lambda done, _: far(done), **asked)
     seconds, text = time.perf_counter() - began, f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
     view.write(out, mark=mark, keep=kept)
-    return Result(f"wrote {out}: {text}, in {seconds:.2f} s" + "; no angle was given, so this is what the network does to a picture that stays as it is"*(x == y == z == 0),
-                  dict(input=radiograph, out=out, x=x, y=y, z=z, crop=crop, weights=name, unfamiliar=strange, size=view.shape, spacing=view.spacing, device=model.device, seconds=round(seconds, 3)) | sampling)
+    unturned = f"; no angle was given, so {'these are the pixels of the input' if model.lifts else 'this is what the network does to a picture that stays as it is'}"
+    return Result(f"wrote {out}: {text}, in {seconds:.2f} s" + unturned*(x == y == z == 0),
+                  dict(input=radiograph, out=out, x=x, y=y, z=z, crop=crop, line_integrals=line_integrals, weights=name, unfamiliar=strange, size=view.shape, spacing=view.spacing, device=model.device, seconds=round(seconds, 3)) | sampling)
 
 # %% ../nbs/14_cli.ipynb #401620dc
 @command("sweep", "hip.dcm -o sweep.mp4 --axis z", "hip.png -o sweep.gif --axis x --frames 31 --fps 10 --label")
@@ -498,6 +531,7 @@ def sweep_command(
     bounce: Annotated[bool, typer.Option("--bounce", help="there and back, so that a film can be repeated without a jump")] = False,  # there and back
     resume: Annotated[bool, typer.Option("--resume", help="go on with the frames that an interrupted sweep left")] = False,  # go on
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
+    detail: Detail = None, line_integrals: Linear = False,                  # for weights that lift
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
@@ -507,14 +541,14 @@ def sweep_command(
     check_output(out)
     with working("reading"):
         from radrotator.radiograph import read_radiograph
-        given = read_radiograph(radiograph, invert, frame)
+        given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
     model, name = load_model(weights, device)
-    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, seed=seed)
+    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
     try: written = model.write_sweep(given, out, axis=axis.value, frames=frames, span=span, fps=fps, label=label, resume=resume, watch=functools.partial(bar, what="frames"), crop=crop, bounce=bounce, **sampling)
     except KeyboardInterrupt: raise Stopped("stopped; the same command with --resume goes on with the frames that are finished") from None
     seconds = time.perf_counter() - began
     return Result(f"wrote {written}: {frames} frames about {axis.value} from {-span:g}° to {span:g}°, in {seconds:.0f} s",
-                  dict(input=radiograph, out=written, kind=written.suffix[1:].lower() or "frames", axis=axis.value, frames=frames, span=span, fps=fps, bounce=bounce, crop=crop, weights=name, unfamiliar=strange, device=model.device, seconds=round(seconds, 3)) | model.settled(**sampling))
+                  dict(input=radiograph, out=written, kind=written.suffix[1:].lower() or "frames", axis=axis.value, frames=frames, span=span, fps=fps, bounce=bounce, crop=crop, line_integrals=line_integrals, weights=name, unfamiliar=strange, device=model.device, seconds=round(seconds, 3)) | model.settled(**sampling))
 
 # %% ../nbs/14_cli.ipynb #c59ed6e6
 SOURCES = "data", "cts", "phantoms"
@@ -655,7 +689,7 @@ def train_command(
     data: Annotated[Path | None, typer.Option("--data", help="train on DRR sets that radrotator pairs rendered", show_default=False)] = None,  # folder of sets
     cts: Annotated[Path | None, typer.Option("--cts", help="train on CTs that radrotator ingest wrote, rendered while training", show_default=False)] = None,  # folder of CTs
     phantoms: Annotated[int | None, typer.Option("--phantoms", min=1, max=100_000, help="train on so many synthetic patients, made and rendered while training", show_default=False)] = None,  # patients
-    preset: Annotated[str | None, typer.Option(help="tiny (64², hours on a CPU) or small (128²): say where things lie; paper (256², days on GPUs) or paper-tiny (64²): draw views, told the rotation  [default: tiny, with --data paper-tiny]", show_default=False, autocompletion=among("tiny", "small", "paper"))] = None,  # of network and training
+    preset: Annotated[str | None, typer.Option(help="tiny (64², hours on a CPU) or small (128²): say where things lie; paper (256², days on GPUs) or paper-tiny (64²): draw views, told the rotation  [default: tiny, with --data paper-tiny]", show_default=False, autocompletion=among("tiny", "small", "paper-tiny", "paper"))] = None,  # of network and training
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUT, or begin where there is none")] = False,  # go on
     steps: Annotated[int | None, typer.Option(min=1, help="of training, in all  [default: the preset's]", show_default=False)] = None,  # of training
     minutes: Annotated[float | None, typer.Option(min=0, callback=finite, help="stop after so long, also before the last step  [default: no limit]", show_default=False)] = None,  # of training
@@ -854,6 +888,7 @@ def seconds_per_view(
 ) -> float:      # s, the median of three
     "How long one view takes."
     def once():
+        model.latest = None, None                            # as if this radiograph had not been lifted before
         began = time.perf_counter()
         model.rotate(picture, z=TURN)
         return time.perf_counter() - began
@@ -870,8 +905,12 @@ def ct_item(
 ) -> Item:
     "Turn the frontal DRR of a CT about each axis, beside the truth."
     import numpy as np
+    from radrotator.drr import fit_fov
     from radrotator.evaluate import turned_views
-    views = turned_views(model, ct, np.eye(3)*TURN, name, seed=seed)
+    from radrotator.geometry import CArm
+    turns = np.eye(3)*TURN
+    wished = CArm(size=256 if model.lifts else model.size, fov=300)      # what lifts turns any size, and what draws its own
+    views = turned_views(model, ct, turns, name, fit_fov(ct, wished, [np.zeros(3), *turns]), seed=seed)
     return Item(stem, name, note, views, seconds_per_view(model, views[0].input))
 
 # %% ../nbs/14_cli.ipynb #671dfde3

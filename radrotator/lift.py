@@ -202,7 +202,7 @@ def forward(self: Lift,
     tones = self.tone(picture, known)
     if linear is not None:
         ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0)
-        picture = torch.where(linear.view(-1, 1, 1, 1), picture, from_ranks(ranks, self.tone.quantiles(tones.detach())).view_as(picture))
+        picture = torch.where(linear.view(-1, 1, 1, 1), picture, from_ranks(ranks, self.tone.quantiles(tones.detach()).float()).view_as(picture))
     h, step = self.stem(F.pixel_unshuffle(features(picture, known), 2)), None
     if noisy is not None:
         early = (t < LAST).to(noisy)

@@ -1977,12 +1977,15 @@ def remaining(
 # %% ../nbs/02_phantom.ipynb #345fa35e
 def cut_out(
     scene: Scene,            # bone in something like soft tissue, changed in place
-    fields,                  # (distance mm, box) of every bone
+    fields: dict,            # bone -> its distance in mm, and where
     g: np.random.Generator,  # random numbers
 ):
-    "Air around the bones, with the sharp and ragged edge that a threshold leaves."
+    "Air around the bones, with the sharp and ragged edge that a threshold leaves; all within is bone."
     edge, outside = g.uniform(-0.1, 0.6)*scene.grid.spacing, np.ones(scene.grid.shape, bool)
-    for d, box in fields: outside[box] &= d + 0.4*scene.texture[box] > edge
+    for name, (d, box) in fields.items():
+        within, names = d + 0.4*scene.texture[box] <= edge, scene.labels[box]
+        outside[box] &= ~within
+        names[within & (names == 0)] = LABELS[name.split("/")[0]]
     metal = scene.labels >= LABELS["implant"]
     scene.hu[outside & ~metal] = -1000
     scene.labels[outside & ~metal] = LABELS["background"]
@@ -2015,7 +2018,7 @@ def phantom(
     elif segmented: scene.hu[:] = 40
     draw_bones(scene, bone, fields, g("density"))
     if soft or segmented: scene.hu += g("noise").standard_normal(grid.shape, dtype=np.float32)*np.float32(noise)
-    if segmented and not soft: cut_out(scene, fields.values(), g("segmented"))
+    if segmented and not soft: cut_out(scene, fields, g("segmented"))
     return CT(np.clip(scene.hu, -1000, METAL, out=scene.hu), grid.affine, scene.labels, f"phantom-{seed}")
 
 # %% ../nbs/02_phantom.ipynb #1b685fcf

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEP', 'SHOWN', 'PREVIEW', 'QUICK', 'SEEDS', 'MODES', 'TURNS', 'LARGEST', 'FRAMES', 'CSS', 'NOTICE', 'REST',
-           'nearest', 'typed', 'Request', 'reduced', 'Kept', 'Viewer', 'Dropped', 'Panel', 'grey', 'coloured', 'before',
-           'after', 'both', 'difference', 'uncertainty', 'Newest', 'naming', 'Angle', 'check_link', 'link', 'bytes_of',
-           'Saver', 'Pane', 'RotationExplorer']
+           'nearest', 'typed', 'Request', 'reduced', 'Kept', 'ways_of', 'Viewer', 'Dropped', 'Panel', 'grey',
+           'coloured', 'before', 'after', 'both', 'difference', 'uncertainty', 'modes_of', 'Newest', 'naming', 'Angle',
+           'check_link', 'link', 'bytes_of', 'Saver', 'Pane', 'RotationExplorer']
 
 # %% ../nbs/13_widget.ipynb #92342a12
 import base64, html, io, json, math, shutil, tempfile, threading, time
@@ -57,7 +57,7 @@ class Request:
     y: float = 0.0
     z: float = 0.0
     seed: int = 0             # of the noise
-    sampling: str = "model"   # one of `Viewer.ways`
+    sampling: str | None = None # one of `Viewer.ways`; None: the first
     crop: bool = False        # leave out collimation borders
     invert: bool = False      # the radiograph is a negative
 
@@ -108,6 +108,19 @@ class Kept(OrderedDict):
             return self[key]
 
 # %% ../nbs/13_widget.ipynb #27ac1167
+def ways_of(
+    model: RadRotator,  # trained
+) -> dict:              # words for a button → how views are made, the default first
+    "The ways in which a model answers."
+    if not model.lifts:
+        best = model.defaults["steps"]
+        named = {"model": f"as judged best ({best} step{'s'*(best > 1)})"}
+        return {named.get(name, name): how for name, how in sampled(model.defaults, {}).items()}
+    ways = {"sharp": dict(detail=1.0), "mean": dict(detail=0.0)}
+    ways = dict(sorted(ways.items(), key=lambda way: way[1]["detail"] != model.defaults["detail"]))
+    return ways | {"10 steps": dict(detail=1.0, steps=10, solver="dpm")} if model.samples else ways
+
+# %% ../nbs/13_widget.ipynb #0d588bad
 class Viewer:
     "A radiograph, a model, and the views that were asked for last."
     def __init__(self,
@@ -115,9 +128,9 @@ class Viewer:
         model: RadRotator,      # trained
         keep: int = 32,         # views; 2 MB each, at most
     ):
-        self.radiograph, self.model, self.ways = radiograph, model, sampled(model.defaults, {})
+        self.radiograph, self.model, self.ways = radiograph, model, ways_of(model)
         self.inputs, self.views = Kept(6), Kept(keep)
-        self.seconds = {}              # way of sampling → what its last view cost
+        self.seconds = {}              # way → what its last view cost
         self.dropped = lambda: False   # whether what is being made is no longer wanted
 
     def input(self,
@@ -131,12 +144,15 @@ class Viewer:
             return replace(radiograph, pixels=1 - radiograph.pixels) if request.invert else radiograph
         return self.inputs((request.invert, side), make)
 
+    def way(self, request: Request) -> str: return request.sampling or next(iter(self.ways))
+
     def options(self,
         request: Request,
         side: int,       # pixels, at most
     ) -> dict:           # for `RadRotator.views` and all that call it
         "How to sample."
-        how = dict(steps=1, guidance=1.0) if side == PREVIEW else self.ways[request.sampling]
+        how = self.ways[self.way(request)]
+        if side == PREVIEW: how = how | dict(steps=1) if self.model.lifts else dict(steps=1, guidance=1.0)
         return how | dict(seed=request.seed, crop=request.crop)
 
 # %% ../nbs/13_widget.ipynb #8eba65fd
@@ -166,7 +182,7 @@ def view(self: Viewer,
     def make():
         begun = time.perf_counter()
         view = self.turned(request, side, watch)
-        if side == SHOWN and request.turns: self.seconds[request.sampling] = time.perf_counter() - begun
+        if side == SHOWN and request.turns: self.seconds[self.way(request)] = time.perf_counter() - begun
         return view
     return self.views((request, side), make)
 
@@ -179,7 +195,7 @@ def quick(self: Viewer,
     request: Request,
 ) -> bool:             # whether no preview is needed
     "Whether the full view comes at once."
-    return (request, SHOWN) in self.views or not request.turns or self.seconds.get(request.sampling, math.inf) <= QUICK
+    return (request, SHOWN) in self.views or not request.turns or self.seconds.get(self.way(request), 0 if self.model.lifts else math.inf) <= QUICK
 
 # %% ../nbs/13_widget.ipynb #1e5b571c
 @patch
@@ -264,6 +280,13 @@ def uncertainty(viewer, request, side, said):
 
 
 MODES = {"after": after, "before": before, "side by side": both, "difference": difference, "blink": both, "uncertainty": uncertainty}
+
+
+def modes_of(
+    model: RadRotator,  # trained
+) -> list[str]:         # of `MODES`
+    "The ways to look at a model's views: no uncertainty where it draws no samples."
+    return [name for name in MODES if name != "uncertainty" or model.samples]
 
 # %% ../nbs/13_widget.ipynb #f53c75da
 class Newest:
@@ -553,9 +576,10 @@ class RotationExplorer(W.VBox):
         self.viewer, self.asked = None, None
         self.worker = Newest(self.draw, self.fail)
         self.angles = {axis: Angle(axis, self.say) for axis in AXES}
-        self.mode = W.ToggleButtons(options=list(MODES), tooltips=["the turned view", "the radiograph as it was given", "both", "after minus before", "both in turn", f"the spread over {SEEDS} seeds"], style=dict(button_width="auto"))
+        tips = ["the turned view", "the radiograph as it was given", "both", "after minus before", "both in turn", f"the spread over {SEEDS} seeds"]
+        self.mode = W.ToggleButtons(options=list(MODES), tooltips=tips, style=dict(button_width="auto"))
         self.seed = W.BoundedIntText(0, min=0, max=2**31 - 1 - SEEDS, description="seed", layout=W.Layout(width="9em"), style=dict(description_width="2.6em"))
-        self.sampling = W.Dropdown(options=["model"], description="sampling", layout=W.Layout(width="auto", flex="0 1 17em"), style=dict(description_width="4.6em"))
+        self.sampling = W.ToggleButtons(options=["sharp"], style=dict(button_width="auto"))
         box = lambda words: W.Checkbox(description=words, indent=False, layout=W.Layout(width="auto"))
         self.crop, self.invert = box("leave out collimation borders"), box("negative: bone is dark in the file")
         self.reset_button = W.Button(description="Reset", tooltip="all controls as they were at first", layout=W.Layout(width="auto"))
@@ -596,8 +620,8 @@ def begin(self: RotationExplorer,
     except RadRotatorError as error:
         for control in (*self.controls.values(), *(angle.box for angle in self.angles.values()), self.mode, self.reset_button, *self.saver.makers): control.disabled = True
         return self.fail(error)
-    best = self.viewer.model.defaults["steps"]
-    self.sampling.options = [(f"as judged best ({best} step{'s'*(best > 1)})" if name == "model" else name, name) for name in self.viewer.ways]
+    self.sampling.options, self.mode.options = list(self.viewer.ways), modes_of(self.viewer.model)
+    self.seed.layout.display = None if self.viewer.model.samples else "none"
     self.initial = {name: control.value for name, control in self.controls.items()}
     for control in (*self.controls.values(), self.mode): control.observe(lambda _: self.changed(), "value")
     self.reset_button.on_click(lambda _: self.reset())
