@@ -11,6 +11,7 @@ from PIL import Image
 
 from radrotator import rotate
 from radrotator.core import RadRotatorError, RadRotatorWarning, alone
+from radrotator.lift import Lift, LiftConfig
 from radrotator.radiograph import Radiograph
 from radrotator.radiograph import burn_mark
 from radrotator.rotate import RadRotator, eight_bits, for_film, montage
@@ -19,11 +20,24 @@ from radrotator.unet import UNet, UNetConfig
 FRAMES = 11  # of the sweeps here: two batches of four, and three frames
 
 
+LIFT = LiftConfig(size=32, canvas=48, slabs=8, channels=16, multipliers=(1, 2))
+
+
 def model_of(seed=0):
-    "An untrained network of 32² pixels, which turns the picture in its plane as a trained one does"
+    "A network that has learnt nothing and lifts: it turns the picture in its plane as a trained one does, and otherwise as patients are in the mean"
     torch.set_num_threads(1)  # the order of sums is that of other processes, too
     torch.manual_seed(seed)
-    return RadRotator(UNet(replace(UNetConfig.tiny(), size=32, channels=8)), {})
+    return RadRotator(Lift(LIFT), {})
+
+
+def drawing_model(seed=0):
+    "A U-Net of random numbers, which draws views of 32² pixels"
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = UNet(replace(UNetConfig.tiny(), size=32, channels=8))
+    for module in network.modules():
+        if getattr(module, "weight", None) is not None and not module.weight.any(): module.reset_parameters()
+    return RadRotator(network, {})
 
 
 def picture(height=75, width=60, spacing=None):
@@ -270,7 +284,7 @@ def test_ctrl_c(whole, tmp_path):
     assert content(write(path, resume=True)) == content(whole[".mp4"]) and names(tmp_path) == ["turn.mp4"]
 
 
-CHANGES = {"axis": dict(axis="z"), "span": dict(span=10), "frames": dict(frames=12), "label": dict(label=True), "crop": dict(crop=True), "batch": dict(batch=5), "sampling": dict(seed=1), "weights": dict(model=1)}
+CHANGES = {"axis": dict(axis="z"), "span": dict(span=10), "frames": dict(frames=12), "label": dict(label=True), "crop": dict(crop=True), "batch": dict(batch=5), "sampling": dict(detail=0.5), "weights": dict(model=1)}
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +307,7 @@ def test_other_settings_are_refused(name, begun):
 def test_another_radiograph_is_refused(begun):
     with pytest.raises(RadRotatorError, match="begun with another radiograph;"): model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
     manifest = begun.with_name(".turn.mp4.frames")/"manifest.json"
-    assert "Doe" not in manifest.read_text() and json.loads(manifest.read_text())["radiograph"] == hashlib.sha256(b"(75, 60) None" + picture().pixels.tobytes()).hexdigest()
+    assert "Doe" not in manifest.read_text() and json.loads(manifest.read_text())["radiograph"] == hashlib.sha256(b"(75, 60) None False" + picture().pixels.tobytes()).hexdigest()
 
 
 def test_speed_and_way_back_may_be_chosen_anew(begun, tmp_path):
@@ -336,7 +350,8 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 # What can be wrong
 
 @pytest.mark.parametrize("asked, why", [(dict(axis="w"), "no axis"), (dict(span=16), "outside"), (dict(span=float("nan")), "nan|not a number|outside"), (dict(frames=1), "from 2"), (dict(frames=10**6), "to 100000"),
-                                        (dict(fps=0), "from 1 to 50"), (dict(fps=float("nan")), "from 1 to 50"), (dict(solver="magic"), "no solver"), (dict(steps=0), "from 1 to 1000")])
+                                        (dict(fps=0), "from 1 to 50"), (dict(fps=float("nan")), "from 1 to 50"), (dict(solver="magic"), "no solver"), (dict(steps=5), "know the mean alone"), (dict(detail=2), "from 0"),
+                                        (dict(steps=0, model=drawing_model()), "from 1 to 1000"), (dict(detail=1, model=drawing_model()), "draw whole views"), (dict(guidance=2), "cannot guide")])
 def test_refused_and_nothing_left(asked, why, tmp_path):
     with pytest.raises(RadRotatorError, match=why): write(tmp_path/"turn.mp4", **asked)
     assert names(tmp_path) == []
@@ -438,7 +453,35 @@ def test_montage_takes_what_rotate_takes(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 1000), (1000, 16)], ids=str)
 def test_a_strip_is_refused(shape):
-    with pytest.raises(RadRotatorError, match="a strip of"): model_of().rotate(Radiograph(np.random.default_rng(0).random(shape, np.float32)), z=5)
+    for model in (model_of(), drawing_model()):
+        with pytest.raises(RadRotatorError, match="a strip of"): model.rotate(Radiograph(np.random.default_rng(0).random(shape, np.float32)), z=5)
+
+
+def odd_pictures():
+    "What is no radiograph, but can be turned; and what shows nothing"
+    random, row = np.random.default_rng(0), np.mgrid[0:1:60j, 0:1:50j][0]
+    spot = np.zeros((60, 50)); spot[20:30, 20:40] = 1
+    return {"noise": random.random((60, 50)), "two greys": np.indices((60, 50)).sum(0) % 2, "a spot": spot, "a step": (row > 0.5).astype(float), "a ramp": row, "nearly even": 0.5 + 1e-6*random.random((60, 50)),
+            "mostly black": np.where(random.random((60, 50)) < 0.05, 1, 0)}
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["film", "line integrals"])
+@pytest.mark.parametrize("name", odd_pictures())
+def test_whatever_comes_in_no_nan_leaves(name, linear):
+    given = Radiograph(odd_pictures()[name], linear=linear)
+    if name == "nearly even":
+        with pytest.raises(RadRotatorError, match="one even grey"): model_of().rotate(given, z=5)
+        return
+    for detail in (0, 0.3, 1):
+        for view in model_of().views(given, [[0, 0, 0], [15, 15, 15], [-15, 3, 15], [0, 0, 1e-3]], detail=detail): assert np.isfinite(view.pixels).all() and 0 <= view.pixels.min() <= view.pixels.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["", ".gif"])
+def test_a_drawn_sweep(kind, tmp_path):
+    "The paper's way, interrupted and resumed in the middle of a batch"
+    whole = write(tmp_path/f"whole{kind}", drawing_model())
+    interrupt(tmp_path/f"turn{kind}", after=6, model=drawing_model())
+    assert content(write(tmp_path/f"turn{kind}", drawing_model(), resume=True)) == content(whole)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '"frames"'])
