@@ -17,8 +17,10 @@ from weakref import WeakKeyDictionary
 
 import numba, numpy as np, torch
 from fastcore.basics import patch
+from llvmlite import ir
 from numba.extending import intrinsic
 from scipy import ndimage
+from torch.nn import functional
 
 from .core import RadRotatorError, rng
 from .ct import CT
@@ -150,10 +152,12 @@ def balance(
     "Depth, along the beam, at which the attenuation in the picture balances."
     x, y, z = rotation(pose).astype(np.float32) @ (self.centres - np.asarray(offset, np.float32)[:, None])
     h = np.float32(carm.sod) - y
-    edge = np.float32(carm.fov/2/carm.sod)*h                        # half the width of what the picture shows at this depth
+    edge = np.float32(carm.fov/2/carm.sod)*h         # half the width that is shown at this depth
     inside = [np.clip((edge - np.abs(across))/np.float32(self.side) + np.float32(0.5), 0, 1) for across in (x, z)]
     seen = self.weights*inside[0]*inside[1]*np.sqrt(h*h + x*x + z*z)/(h*h*h)
-    if not seen.any(): raise RadRotatorError("cannot balance the picture: there is no attenuation in it. Choose a pose or a field of view that shows the patient.")
+    if not seen.any():
+        raise RadRotatorError("cannot balance the picture: there is no attenuation in it. Choose a pose or a field of "
+                              "view that shows the patient.")
     return float(seen @ y/seen.sum())
 
 # %% ../nbs/03_drr.ipynb #f253afac
@@ -165,8 +169,8 @@ def recentred(
     offset=(0, 0, 0),  # (3,) RAS mm by which the isocentre is moved beforehand
 ) -> np.ndarray:       # (3,) RAS mm: offset to the isocentre about which the picture balances
     "Move the isocentre along the beam until the picture balances about it, to 0.1 mm."
-    offset, beam = np.array(offset, float), rotation(pose)[1]       # R's second row is Rᵀ(0, 1, 0)
-    for _ in range(20):                                             # what the frame cuts off changes a little as the patient moves
+    offset, beam = np.array(offset, float), rotation(pose)[1]  # R's second row is Rᵀ(0, 1, 0)
+    for _ in range(20):                                      # what the frame cuts off changes as the patient moves
         depth = self.balance(pose, carm, offset)
         offset += depth*beam
         if abs(depth) < 0.1: break
@@ -191,7 +195,7 @@ def _read(context, array, index):
         value = builder.load(place)
         value.set_metadata("alias.scope", _inputs(builder))
         return value
-    return array.dtype(array, numba.types.uint64), build
+    return array.dtype(array, numba.types.int32), build
 
 # %% ../nbs/03_drr.ipynb #0a1ba8a7
 @intrinsic
@@ -205,9 +209,15 @@ def _write(context, array, index, value):
 
 # %% ../nbs/03_drr.ipynb #011c24eb
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
+def _flat(i, k, j, shape):
+    "Place of a voxel in memory, the beam's axis last; in 32 bits, of which numba would make 64."
+    column = np.int32(np.int32(i*np.int32(shape[1])) + k)
+    return np.int32(np.int32(column*np.int32(shape[2])) + j)
+
+# %% ../nbs/03_drr.ipynb #fba25e25
+@numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z):
-    "The values of the three voxels that a ray visits in layer j, part t in all, and where it leaves the first and the second, from 0 to 1."
-    across, layers = np.int32(shape[1]), np.int32(shape[2])
+    "Values of the three voxels that a ray visits in layer j, part t in all; where it leaves the first and the second."
     last_i, last_k = np.float32(shape[0] - 1), np.float32(shape[1] - 1)
     x0, x1, z0, z1 = x + t*dx, x + (t + _1)*dx, z + t*dz, z + (t + _1)*dz
     i0, i1 = np.int32(min(max(x0, _0), last_i)), np.int32(min(max(x1, _0), last_i))
@@ -215,13 +225,13 @@ def _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z):
     fx = (np.float32(max(i0, i1)) - x0)*over_x if i0 != i1 else _1
     fz = (np.float32(max(k0, k1)) - z0)*over_z if k0 != k1 else _1
     i, k = i1 if fx < fz else i0, k0 if fx < fz else k1
-    first, last = _read(volume, np.uint64((i0*across + k0)*layers + j)), _read(volume, np.uint64((i1*across + k1)*layers + j))
-    return first, _read(volume, np.uint64((i*across + k)*layers + j)), last, min(fx, fz), max(fx, fz)
+    first, second, third = _flat(i0, k0, j, shape), _flat(i, k, j, shape), _flat(i1, k1, j, shape)
+    return _read(volume, first), _read(volume, second), _read(volume, third), min(fx, fz), max(fx, fz)
 
-# %% ../nbs/03_drr.ipynb #fba25e25
+# %% ../nbs/03_drr.ipynb #29d115b5
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _sum_layers(volume, shape, parts, x, dx, z, dz):
-    "Mean voxel value in each part of a layer, summed over a ray that enters the first layer at (x, z) and moves by (dx, dz) from part to part."
+    "Sum the mean voxel value of each part of a layer, on a ray that enters the first at (x, z) and moves by (dx, dz)."
     total = _0
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     for part in range(parts):
@@ -237,17 +247,18 @@ TILE = 32  # pixels along each side of the squares that are shared out over the 
 # %% ../nbs/03_drr.ipynb #d0ae54fa
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _enter(source, corner, step, row, column, parts):
-    "A pixel's ray: its advance along the beam's axis from source to pixel; where it enters the first layer, and its move from part to part."
+    "A pixel's ray: how far it goes along the beam's axis, where it enters the first layer, its move from part to part."
     dx = corner[0] + row*step[0, 0] + column*step[1, 0] - source[0]
     dz = corner[1] + row*step[0, 1] + column*step[1, 1] - source[1]
     d = corner[2] + row*step[0, 2] + column*step[1, 2] - source[2]
     dx, dz, before = dx/d, dz/d, -0.5 - source[2]
-    return d, np.float32(source[0] + before*dx + 0.5), np.float32(dx/parts), np.float32(source[1] + before*dz + 0.5), np.float32(dz/parts)
+    x, z = np.float32(source[0] + before*dx + 0.5), np.float32(source[1] + before*dz + 0.5)
+    return d, x, np.float32(dx/parts), z, np.float32(dz/parts)
 
 # %% ../nbs/03_drr.ipynb #6dee97f6
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=_CACHE)
 def _project(volume, shape, parts, sources, corners, steps, lengths, out):
-    "Integrate every ray of every pose; coordinates are voxels of the padded volume, the beam's axis last; lengths are those of the rays, mm."
+    "Integrate every ray of every pose, in voxels of the padded volume, the beam's axis last; `lengths` of rays in mm."
     n, size = out.shape[0], out.shape[1]
     tiles = (size + TILE - 1)//TILE
     for job in numba.prange(n*tiles*tiles):
@@ -256,7 +267,8 @@ def _project(volume, shape, parts, sources, corners, steps, lengths, out):
         for row in range(top, min(top + TILE, size)):
             for column in range(left, min(left + TILE, size)):
                 d, x, dx, z, dz = _enter(source, corner, step, row, column, parts)
-                out[p, row, column] = _sum_layers(volume, shape, parts, x, dx, z, dz)*lengths[row, column]/(abs(d)*parts)
+                total = _sum_layers(volume, shape, parts, x, dx, z, dz)
+                out[p, row, column] = total*lengths[row, column]/(abs(d)*parts)
 
 # %% ../nbs/03_drr.ipynb #633ee59e
 def _layer_parts(sources, corners, steps, layers, size):
@@ -264,7 +276,8 @@ def _layer_parts(sources, corners, steps, layers, size):
     ends = (size - 1)*np.array(list(product((0, 1), repeat=2)))              # a ratio of linear functions is extreme at the corners
     d = (corners - sources)[:, None] + ends @ steps
     if not ((d[..., 2] > 0).all() or (d[..., 2] < 0).all()):
-        raise RadRotatorError("the volume lies so obliquely that not every ray passes its layers; resample the CT to straight axes first")
+        raise RadRotatorError("the volume lies so obliquely that not every ray passes its layers; resample the CT to "
+                              "straight axes first")
     if (np.abs(sources[:, 2] - (layers - 1)/2) < layers/2).any():
         raise RadRotatorError("the X-ray source would stand inside the volume; choose a larger source–isocentre distance (sod)")
     return max(1, math.ceil(np.abs(d[..., :2]/d[..., 2:]).max()))
@@ -315,9 +328,9 @@ def _integrate(
     normal = np.cross(geometry[2][:, 0], geometry[2][:, 1])
     beams = np.abs(normal @ self.axes).argmax(1)                 # the axis along which each pose's rays advance fastest
     if len(set(beams)) == 1: return self.along(int(beams[0]), *geometry, size, levels)
-    out = np.empty((len(beams), *(() if levels is None else (len(levels) + 1,)), size, size), np.float32)
-    for beam in set(beams): out[beams == beam] = self.along(int(beam), *(a[beams == beam] for a in geometry), size, levels)
-    return out
+    order = np.argsort(beams, kind="stable")
+    done = [self.along(int(beam), *(a[beams == beam] for a in geometry), size, levels) for beam in np.unique(beams)]
+    return np.concatenate(done)[np.argsort(order)]
 
 # %% ../nbs/03_drr.ipynb #c2e6eccc
 @patch
@@ -331,14 +344,17 @@ def along(
     "Sum over the layers across one axis of the grid."
     order = [axis for axis in range(3) if axis != beam] + [beam]
     if beam not in self.layouts:
-        self.layouts[beam] = np.pad(self.volume.transpose(order), ((1, 1), (1, 1), (0, 0))).astype(np.float32, copy=False)
+        padded = np.pad(self.volume.transpose(order), ((1, 1), (1, 1), (0, 0)))
+        self.layouts[beam] = padded.astype(np.float32, copy=False)
     padded, inverse = self.layouts[beam], np.linalg.inv(self.affine[:3, :3])[order]
     first = inverse @ self.affine[:3, 3] - [1, 1, 0]             # the padded volume begins one voxel earlier
-    s, c, d = (np.ascontiguousarray(points @ inverse.T - shift) for points, shift in ((sources, first), (corners, first), (steps, 0)))
-    what = padded.ravel(), padded.shape, _layer_parts(s, c, d, padded.shape[2], size), s, c, d, _lengths(sources[0], corners[0], steps[0], size)
+    shifted = (sources, first), (corners, first), (steps, 0)
+    s, c, d = (np.ascontiguousarray(points @ inverse.T - shift) for points, shift in shifted)
+    lengths, parts = _lengths(sources[0], corners[0], steps[0], size), _layer_parts(s, c, d, padded.shape[2], size)
+    out = np.empty((len(s), *(() if levels is None else (len(levels) + 1,)), size, size), np.float32)
+    project, more = (_project, ()) if levels is None else (_project_slabs, (_padded(levels),))
     threads = torch.get_num_threads()
-    if levels is None: _project(*what, out := np.empty((len(s), size, size), np.float32))
-    else: _project_slabs(*what, _padded(levels), out := np.empty((len(s), len(levels) + 1, size, size), np.float32))
+    project(padded.ravel(), padded.shape, parts, s, c, d, lengths, *more, out)
     torch.set_num_threads(threads)                               # numba has set its own number for all of OpenMP, and PyTorch would compute with that
     return out
 
@@ -349,7 +365,8 @@ def _lengths(
 ) -> np.ndarray:           # (size, size) float32 mm
     "Distance from the source to each pixel."
     grid = np.arange(size)
-    return np.linalg.norm(corner - source + grid[:, None, None]*step[0] + grid[:, None]*step[1], axis=-1).astype(np.float32)
+    ways = corner - source + grid[:, None, None]*step[0] + grid[:, None]*step[1]
+    return np.linalg.norm(ways, axis=-1).astype(np.float32)
 
 # %% ../nbs/03_drr.ipynb #24734172
 class DiffDRR:
@@ -438,6 +455,19 @@ class Renderer:
         return _in_chunks(self._some, poses, offset, self.CHUNK//(carm.size*oversample)**2, carm, oversample)
 
 # %% ../nbs/03_drr.ipynb #a5f794e3
+def _each_pose(
+    poses,        # (N, 3) or (3,) degrees
+    offset,       # (N, 3) or (3,) mm, or None
+):                # (N, 3) degrees; (N, 3) mm
+    "An offset for each pose."
+    poses = np.atleast_2d(np.asarray(poses, float))
+    offset = np.zeros(3) if offset is None else np.asarray(offset, float)
+    if offset.shape not in ((3,), poses.shape):
+        raise RadRotatorError(f"cannot move the isocentre: the offset has the shape {offset.shape} where there are "
+                              f"{len(poses)} poses. Give three numbers in mm, or three for each pose.")
+    return poses, np.broadcast_to(offset, poses.shape)
+
+# %% ../nbs/03_drr.ipynb #609cc36d
 def _in_chunks(
     f,            # (poses, offset, …) → tensor, an image for each pose
     poses,        # (N, 3) or (3,) degrees
@@ -446,8 +476,7 @@ def _in_chunks(
     *more,        # for f
 ):                # (N, …) tensor
     "As many poses at a time as memory allows."
-    poses, each = np.atleast_2d(np.asarray(poses, float)), max(1, each)
-    offset = np.broadcast_to(np.zeros(3) if offset is None else np.asarray(offset, float), poses.shape)
+    (poses, offset), each = _each_pose(poses, offset), max(1, each)
     done = [f(poses[i:i + each], offset[i:i + each], *more) for i in range(0, len(poses), each)]
     return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -465,7 +494,8 @@ def _pixels(
 def _some(self: Renderer, poses, offset, carm, oversample):
     "As many images as memory allows."
     fine = replace(carm, size=carm.size*oversample)
-    integrals = torch.stack([_pixels(torch.as_tensor(engine(poses, fine, offset)), oversample) for engine in self.engines])
+    images = [torch.as_tensor(engine(poses, fine, offset)) for engine in self.engines]
+    integrals = torch.stack([_pixels(image, oversample) for image in images])
     if self.physics is None: return integrals[0]
     areal = integrals.cpu().numpy()/10  # g/cm³ · mm → g/cm²
     return torch.from_numpy(self.physics.expose(areal, poses, carm)).to(integrals.device)
@@ -504,36 +534,46 @@ def _keep_layers(volume, shape, parts, x, dx, z, dz, width, kept):
             _write(kept, np.uint64(first + j), a*near + b*(far - near) + c*(_1 - far))
 
 # %% ../nbs/03_drr.ipynb #22b1dd88
+@intrinsic
+def _scan(context, kept, at, total, before):
+    "before[at:at+16]: `total` and what comes before each of kept[at:at+16]; returns `total` and all of them."
+    def build(context, builder, signature, args):
+        number, lanes = ir.IntType(32), ir.VectorType(ir.FloatType(), 16)
+        def place(n):
+            data = context.make_array(signature.args[n])(context, builder, args[n]).data
+            return builder.bitcast(builder.gep(data, [args[1]]), lanes.as_pointer())
+        def moved(vector, by):  # what moves in is zero
+            order = ir.Constant(ir.VectorType(number, 16), [16 + lane - by for lane in range(16)])
+            return builder.shuffle_vector(ir.Constant(lanes, None), vector, order)
+        sums, everywhere = builder.load(place(0), align=4), ir.Constant(lanes, ir.Undefined)
+        for by in (1, 2, 4, 8): sums = builder.fadd(sums, moved(sums, by))
+        for lane in range(16): everywhere = builder.insert_element(everywhere, args[2], number(lane))
+        builder.store(builder.fadd(everywhere, moved(sums, 1)), place(3), align=4)
+        return builder.fadd(args[2], builder.extract_element(sums, number(15)))
+    return total(kept, numba.types.int32, total, before), build
+
+# %% ../nbs/03_drr.ipynb #7d3e7c45
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _run_up(kept, parts, width, before):
-    "Sum of all that comes before each part of each layer, and the whole sum; eight at a time, so that additions do not wait for each other."
-    total, one = _0, np.uint64(1)
+    "Sum up what comes before each part of each layer; return all."
+    total = _0
     if parts > 1:
         for j in range(width):
             for part in range(parts):
                 before[part*width + j] = total
                 total += kept[part*width + j]
-        return total
-    for eight in range(width//8):
-        j = np.uint64(eight)*np.uint64(8)
-        a, b, c, d = kept[j], kept[j + one], kept[j + np.uint64(2)], kept[j + np.uint64(3)]
-        e, f, g, h = kept[j + np.uint64(4)], kept[j + np.uint64(5)], kept[j + np.uint64(6)], kept[j + np.uint64(7)]
-        b += a; d += c; f += e; h += g
-        c += b; d += b; g += f; h += f
-        half = total + d
-        before[j], before[j + one], before[j + np.uint64(2)], before[j + np.uint64(3)] = total, total + a, total + b, total + c
-        before[j + np.uint64(4)], before[j + np.uint64(5)], before[j + np.uint64(6)], before[j + np.uint64(7)] = half, half + e, half + f, half + g
-        total = half + h
+        return total                                         # an if and else would have numba count references
+    for at in range(0, width, 16): total = _scan(kept, np.int32(at), total, before)
     return total
 
-# %% ../nbs/03_drr.ipynb #7d3e7c45
+# %% ../nbs/03_drr.ipynb #f428d317
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, advance, levels, sums):
-    "sums[k + 1]: what lies between the first layer's outer face and the point at levels[k] of the way from source to pixel."
+def _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, way, levels, first, sums):
+    "sums[first + k]: what lies on this side of the point at levels[k] of the way; `begin` and `way` in layers."
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     layers, width = np.int32(shape[2]), np.int32(width)
     for k in range(len(levels)):
-        at = min(max(begin + _read(levels, np.uint64(k))*advance, _0), np.float32(layers))
+        at = min(max(begin + _read(levels, np.int32(k))*way, _0), np.float32(layers))
         j = min(np.int32(at), layers - np.int32(1))
         into = (at - np.float32(j))*np.float32(parts)
         part = min(np.int32(into), np.int32(parts - 1))
@@ -541,42 +581,41 @@ def _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, adv
         t = np.float32(j)*np.float32(parts) + np.float32(part)
         a, b, c, near, far = _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
         near, far = min(near, into), min(far, into)
-        _write(sums, np.uint64(k + 1), _read(before, np.uint64(part*width + j)) + a*near + b*(far - near) + c*(into - far))
-
-# %% ../nbs/03_drr.ipynb #f428d317
-@numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _between(sums, scale, lines, column):
-    "Differences of neighbouring sums, each to a line of its own."
-    for k in range(lines.shape[0]): lines[np.uint64(k), np.uint64(column)] = (sums[np.uint64(k + 1)] - sums[np.uint64(k)])*scale
+        sum_before = _read(before, np.int32(np.int32(part*width) + j))
+        _write(sums, np.uint64(first + k), sum_before + a*near + b*(far - near) + c*(into - far))
 
 # %% ../nbs/03_drr.ipynb #03a95a27
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _copy_lines(lines, out):
-    "The lines, as many pixels as `out` has."
+def _between(sums, stride, scale, out):
+    "Differences of neighbouring sums of each pixel in a row, turned over: (pixels, planes) → (slabs, pixels)."
     for k in range(out.shape[0]):
-        for column in range(out.shape[1]): out[np.uint64(k), np.uint64(column)] = lines[np.uint64(k), np.uint64(column)]
+        for column in range(out.shape[1]):
+            at = np.uint64(column*stride + k)
+            difference = sums[at + np.uint64(1)] - sums[at]
+            out[np.uint64(k), np.uint64(column)] = difference*scale[np.uint64(column)]
 
 # %% ../nbs/03_drr.ipynb #6f25ff3e
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=_CACHE)
 def _project_slabs(volume, shape, parts, sources, corners, steps, lengths, levels, out):
-    "As `_project`, each ray split at the levels, which fall from the farthest plane to the nearest; more than out has slabs are ignored."
+    "As `_project`, each ray split at the levels; those beyond the number of slabs are there to fill vectors."
     n, slabs, size = out.shape[0], out.shape[1], out.shape[2]
-    tiles, width = (size + TILE - 1)//TILE, (shape[2] + 7)//8*8
+    tiles, width, stride = (size + TILE - 1)//TILE, (shape[2] + 15)//16*16, len(levels) + 2
     for job in numba.prange(n*tiles*tiles):
         p, top, left = job//(tiles*tiles), job//tiles % tiles*TILE, job % tiles*TILE
         source, corner, step, right = sources[p], corners[p], steps[p], min(left + TILE, size)
         kept, before = np.zeros(parts*width, np.float32), np.empty(parts*width, np.float32)
-        sums, lines = np.empty(len(levels) + 2, np.float32), np.empty((slabs, TILE), np.float32)
+        sums, scale = np.empty(TILE*stride, np.float32), np.empty(TILE, np.float32)
         for row in range(top, min(top + TILE, size)):
             for column in range(left, right):
                 d, x, dx, z, dz = _enter(source, corner, step, row, column, parts)
                 _keep_layers(volume, shape, parts, x, dx, z, dz, width, kept)
                 total = _run_up(kept, parts, width, before)
-                begin, advance = np.float32(source[2] + 0.5), np.float32(d)
-                _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, advance, levels, sums)
-                sums[0], sums[slabs] = (total, _0) if d > 0 else (_0, total)    # the farthest plane comes first, the first layer may be either end
-                _between(sums, np.float32(-lengths[row, column]/(d*parts)), lines, column - left)
-            _copy_lines(lines, out[p, :, row, left:right])
+                begin, way, first = np.float32(source[2] + 0.5), np.float32(d), (column - left)*stride
+                _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, way, levels, first + 1, sums)
+                # the farthest plane comes first, where the last layer may be, or the first
+                sums[first], sums[first + slabs] = (total, _0) if d > 0 else (_0, total)
+                scale[column - left] = -lengths[row, column]/(d*parts)
+            _between(sums, stride, scale, out[p, :, row, left:right])
 
 # %% ../nbs/03_drr.ipynb #43e84bc3
 def _padded(
@@ -593,7 +632,8 @@ def _levels(
     "Where the inner planes cut every ray."
     planes = np.asarray(planes, float)
     if planes.ndim != 1 or len(planes) < 2 or not np.isfinite(planes).all() or (np.diff(planes) <= 0).any():
-        raise RadRotatorError("cannot split a DRR into slabs: the planes are not two or more ascending numbers. Give depths in mm, the farthest from the source first.")
+        raise RadRotatorError("cannot split a DRR into slabs: the planes are not two or more ascending numbers. Give "
+                              "depths in mm, the farthest from the source first.")
     return (carm.sod - planes[1:-1])/carm.sdd
 
 # %% ../nbs/03_drr.ipynb #791dee9e
@@ -608,14 +648,15 @@ def slabs(
     "Integrate along every ray, from plane to plane; the outer slabs have no end."
     return self._integrate(_rays_about(poses, carm, offset), carm.size, _levels(planes, carm))
 
-# %% ../nbs/03_drr.ipynb #d14c983b
+# %% ../nbs/03_drr.ipynb #9635f7d4
 @patch
 def slabs(
     self: DiffDRR,
-    *args, **kwargs,    # as for `Siddon`
+    *args,    # as for `Siddon`
 ):
     "Say that this engine cannot."
-    raise RadRotatorError("cannot render slabs with diffdrr: it only knows whole rays. Choose siddon, or nanodrr on a GPU.")
+    raise RadRotatorError("cannot render slabs with diffdrr: it only knows whole rays. Choose siddon, or nanodrr on a "
+                          "GPU.")
 
 # %% ../nbs/03_drr.ipynb #075e4d56
 def _with_ends(
@@ -636,7 +677,7 @@ def _with_ends(
 # %% ../nbs/03_drr.ipynb #7394184c
 @patch
 @torch.no_grad()
-def slabs(self: NanoDRR, poses, carm: CArm, planes, offset=None) -> torch.Tensor: # as for `Siddon`, on the engine's device
+def slabs(self: NanoDRR, poses, carm: CArm, planes, offset=None) -> torch.Tensor: # as for `Siddon`, on its device
     "Sample each slab's part of each ray; plain torch, on any device."
     _levels(planes, carm)                                          # refuses planes that are none
     image, place = self.subject.image, self.subject.world_to_grid
@@ -648,7 +689,7 @@ def slabs(self: NanoDRR, poses, carm: CArm, planes, offset=None) -> torch.Tensor
         n = math.ceil((high - low)/self.STEP)
         depths = low + (torch.arange(n, device=self.device) + 0.5)*((high - low)/n)
         points = source + way*((carm.sod - depths)/carm.sdd)[:, None, None, None]
-        values = torch.nn.functional.grid_sample(image, points.flatten(0, 1)[None], align_corners=False)
+        values = functional.grid_sample(image, points.flatten(0, 1)[None], align_corners=False)
         slabs.append(values[0, 0].unflatten(0, (-1, n)).sum(1)*long*((high - low)/n))
     return torch.stack(slabs, 1)
 
@@ -658,14 +699,17 @@ def slabs(
     self: Renderer,
     poses,                # (N, 3) or (3,) degrees
     carm: CArm,           # geometry
-    planes,               # (K + 1,) mm ascending: y of the posed patient, front positive; what lies beyond the outer planes belongs to the outer slabs
+    planes,               # (K + 1,) mm ascending: y of the posed patient; the outer slabs take what lies beyond
     oversample: int = 1,  # rays along each side of a pixel, averaged
     offset=None,          # (N, 3) or (3,) RAS mm by which the isocentre is moved
-) -> torch.Tensor:        # (N, K, size, size) float32 line integrals, the slab farthest from the source first; on the engine's device
+) -> torch.Tensor:        # (N, K, size, size) float32 line integrals, farthest from the source first
     "Render DRRs, split at planes parallel to the detector."
-    if self.physics: raise RadRotatorError("cannot split an exposed radiograph into slabs: they do not add up. Make the Renderer without physics.")
+    if self.physics:
+        raise RadRotatorError("cannot split an exposed radiograph into slabs: they do not add up. Make the Renderer "
+                              "without physics.")
     fine = replace(carm, size=carm.size*oversample)
-    some = lambda poses, offset: _pixels(torch.as_tensor(self.engines[0].slabs(poses, fine, planes, offset)), oversample)
+    split = lambda poses, offset: torch.as_tensor(self.engines[0].slabs(poses, fine, planes, offset))
+    some = lambda poses, offset: _pixels(split(poses, offset), oversample)
     return _in_chunks(some, poses, offset, self.CHUNK//(fine.size**2*(len(planes) - 1)))
 
 # %% ../nbs/03_drr.ipynb #a18016eb
@@ -677,7 +721,8 @@ def recentred(
     offset=None,     # (N, 3) or (3,) RAS mm by which the isocentre is moved beforehand
 ) -> np.ndarray:     # (N, 3) RAS mm: offsets to the isocentres about which the pictures balance
     "Move each pose's isocentre along the beam until the picture balances about it."
-    return _in_chunks(lambda poses, offset: torch.from_numpy(self.blocks.recentred(poses[0], carm, offset[0]))[None], poses, offset, 1).numpy()
+    poses, offset = _each_pose(poses, offset)
+    return np.stack([self.blocks.recentred(pose, carm, moved) for pose, moved in zip(poses, offset)])
 
 # %% ../nbs/03_drr.ipynb #d79e2ef0
 def render_slabs(
