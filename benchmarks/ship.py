@@ -12,20 +12,21 @@ import numpy as np
 
 from radrotator.core import check_output, folder_beside, markdown_table, sha256
 from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, publish, write_report
-from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, PhantomPlan, phantom_jobs
+from radrotator.losses import LiftingConfig
+from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
 from radrotator.radiograph import Radiograph
 from radrotator.rotate import RadRotator, fit_known, training_pictures
 from radrotator.train import with_settings
-from radrotator.transforms import TransformConfig
 
 
-def known_of(bones, of="frontal pelvis", patients=(240, 100)):
+def known_of(model, bones, of="frontal pelvis", patients=(240, 100)):
     "What the pictures of the training look like: those of patients of its folds, and for the limits those of others, of fold 6"
-    plan, drawn = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, fov=(250, 400)), []
+    plan, drawn = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=int(model.lifts), canvas=64), []
+    feed, refresh = (OnTheFlySlabs, plan.echo) if model.lifts else (OnTheFlyPairs, 1)      # of a lifting network's slabs one is enough: their sum is seen
     for folds, steps in zip((TRAIN, VALIDATE), patients):
-        pairs = OnTheFlyPairs(phantom_jobs(plan), plan, folds=folds, held=1, refresh=1)
-        drawn.append(training_pictures(pairs, TransformConfig(), steps))
-        pairs.close()
+        data = feed(phantom_jobs(plan), plan, folds=folds, held=1, refresh=refresh)
+        drawn.append(training_pictures(data, LiftingConfig() if model.lifts else model.transforms, steps))
+        data.close()
     return fit_known(*drawn, of)
 
 
@@ -60,7 +61,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         publish(RadRotator.from_file(args.weights, "cpu"), Path(folder)/"half.safetensors", {}, {})
         model = RadRotator.from_file(Path(folder)/"half.safetensors", "cpu")
-    model.about["sampling"] = dict(detail=1.0)
+    model.about["sampling"] = dict(detail=1.0) if model.lifts else model.about["sampling"] or dict(steps=1)
     first, further = seconds_per_view(model)
     model.about |= dict(seconds_first_view=first, seconds_per_view=further, cores=len(os.sched_getaffinity(0)))
     patients = atlas_patients(args.bones) + [patient for folder in args.cts for patient in ct_patients(folder)]
@@ -71,7 +72,7 @@ def main():
         known = write_report(folder, found, about | dict(made={key: value for key, value in model.about.items() if key != "known"}))
     report = {group: {key: figures[key] for key in ("patients", "headline", "styles", "depth")} for group, figures in known["groups"].items()}
     for group, figures in report.items(): print(f"\n{group}\n\n{markdown_table(figures['headline'])}\n\n{markdown_table(figures['depth'])}")
-    model.about["known"] = known_of(args.bones)
+    model.about["known"] = known_of(model, args.bones)
     publish(model, args.out, model.about["sampling"], report)
     print(f"\n{args.out}: {sha256(args.out)}, {first:.2f} s the first view, {further:.3f} s a further one")
 

@@ -374,7 +374,7 @@ class DiffDRR:
     def __init__(self, volume: np.ndarray, affine: np.ndarray, device="cpu"): # as for `Siddon`
         import torchio
         from diffdrr.data import read
-        subject = read(torchio.ScalarImage(tensor=torch.zeros(1, *volume.shape), affine=affine), orientation="AP")
+        subject = read(torchio.ScalarImage(tensor=torch.zeros(1, *volume.shape), affine=affine), orientation="AP", center_volume=False)
         self.subject, self.volume, self.device = subject, torch.as_tensor(volume, device=device), device
 
     @torch.no_grad()

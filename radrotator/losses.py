@@ -259,8 +259,8 @@ def view_skill(
     "Judge the answers by the views that come of them."
     size, K = asked.known.shape[-1], asked.slabs.shape[1]
     _, slabs = answer(network, asked, split, precision)
-    views, true = turn_errors(slabs, asked.turns, asked.fov, size, asked.slabs*asked.valid)
-    picture, margin = _crop(asked.slabs, size).sum(1, keepdim=True), size//10
+    views, true = turn_errors(slabs*asked.valid, asked.turns, asked.fov, size, asked.slabs*asked.valid)
+    picture, margin = _crop(asked.slabs*asked.valid, size).sum(1, keepdim=True), size//10   # what the volume does not show is nobody's error
     inner = lambda x: x[..., margin:-margin, margin:-margin].square().mean((2, 3))
     depths = torch.linspace(-REACH, REACH, 2*K + 1)[1::2].to(slabs).view(1, -1, 1, 1)
     depth = lambda s: (s*depths).sum(1)/s.sum(1).clamp(min=1e-6)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np, torch
+from fastcore.basics import patch
 
 # %% ../nbs/00_tone.ipynb #a1406a14
 def mid_ranks(
@@ -76,12 +77,6 @@ class ToneCurve:
         ranks = (np.cumsum(counts) - counts/2)/counts.sum()
         return cls(greys.astype(float), np.interp(ranks, LEVELS, knots))
 
-    def to_integrals(self,
-        pixels: np.ndarray, # grey values, of any shape
-    ) -> np.ndarray:        # the same shape, float32, ≥ 0
-        "Turn greys into line integrals."
-        return np.clip(_interpolate(pixels, self.greys, self.integrals), 0, None).astype(np.float32)
-
     @cached_property
     def way_back(self) -> tuple: # lowest line integral, steps per unit, and the greys at even steps up to half as much again
         "Tabulate the curve back, because every view of a sweep takes it."
@@ -90,15 +85,25 @@ class ToneCurve:
         table = _interpolate(np.linspace(low, high, STEPS_BACK + 1), rising, self.greys)
         return low, STEPS_BACK/(high - low), np.append(table, table[-1]).astype(np.float32)
 
-    def to_greys(self,
-        integrals: np.ndarray, # of any shape
-    ) -> np.ndarray:           # the same shape, float32; what lies beyond the table gets its end
-        "Turn line integrals into greys."
-        low, scale, table = self.way_back
-        place = np.clip((np.asarray(integrals, np.float32) - np.float32(low))*np.float32(scale), 0, STEPS_BACK)
-        left = place.astype(np.int32)
-        below = table[left]
-        return below + (table[left + 1] - below)*(place - left)
+# %% ../nbs/00_tone.ipynb #bdde2ae0
+@patch
+def to_integrals(self: ToneCurve,
+    pixels: np.ndarray, # grey values, of any shape
+) -> np.ndarray:        # the same shape, float32, ≥ 0
+    "Turn greys into line integrals."
+    return np.clip(_interpolate(pixels, self.greys, self.integrals), 0, None).astype(np.float32)
+
+# %% ../nbs/00_tone.ipynb #2faa298e
+@patch
+def to_greys(self: ToneCurve,
+    integrals: np.ndarray, # of any shape
+) -> np.ndarray:           # the same shape, float32; what lies beyond the table gets its end
+    "Turn line integrals into greys."
+    low, scale, table = self.way_back
+    place = np.clip((np.asarray(integrals, np.float32) - np.float32(low))*np.float32(scale), 0, STEPS_BACK)
+    left = place.astype(np.int32)
+    below = table[left]
+    return below + (table[left + 1] - below)*(place - left)
 
 # %% ../nbs/00_tone.ipynb #878e8ce2
 def _interpolate(values, x, y):

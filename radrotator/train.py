@@ -613,6 +613,9 @@ def check_same(
     free = FREE[bool(now.get("decay")):]
     for key in now:
         old, new = before.get(key), now[key]
+        if key == "lift" and (old is None) != (new is None):
+            kind = "draws views" if old is None else "lifts"
+            raise RadRotatorError(f"the run was started with another kind of network, one that {kind}; go on with its preset, or choose a new folder")
         if isinstance(new, dict): check_same(old or {}, new, f"{path}{key}.")
         elif old != new and (path or key not in free): raise RadRotatorError(f"the run was started with {path}{key} = {old}, not {new}{', and the rate falls with them' if key == 'steps' else ''}; go on with the same, or choose a new folder")
 
@@ -986,7 +989,10 @@ def report(
     curves(rows).savefig(drawn, format="png")
     best = min(examined, key=lambda row: row["validation"], default=None)
     words = f"Step {last['step']:,.0f}, {last['pairs']:,.0f} pairs, {last['seconds']/3600:.2f} hours; {last['quarantined']:.0f} sets set aside as damaged; newest checkpoint: {found[-1].name if found else 'none'}."
-    if best: words += f" Best validation loss {best['validation']:.5g} at step {best['step']:,.0f}, with a one-step skill of {best['skill']:.3f} over all rotations (0: doing nothing, 1: perfect)."
+    if best:
+        words += f" Best validation loss {best['validation']:.5g} at step {best['step']:,.0f}, with a one-step skill of "
+        words += f"{best['skill']:.3f} over all rotations (0: doing nothing, 1: perfect)"
+        words += f", and a mean depth that is off by {best['depth_error']:.1f} mm." if "depth_error" in best else "."
     pictures = sorted((folder/"pictures").glob("*.png"))
     shown = [pictures[0], *([pictures[-1]] if len(pictures) > 1 else [])] if pictures else []
     return page(f"Training run {folder.resolve().name}", [f"<p>{words}</p>", image_tag(drawn.getvalue(), "curves"),
