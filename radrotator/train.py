@@ -610,12 +610,12 @@ def check_same(
     path: str = "",# of what is compared
 ):
     "Refuse to go on with another recipe."
-    free = FREE[bool(now.get("decay")):]
+    free, drew = FREE[bool(now.get("decay")):], before.get("lift") is None
+    if not path and drew != (now.get("lift") is None):
+        kind = "draws views" if drew else "lifts"
+        raise RadRotatorError(f"the run was started with another kind of network, one that {kind}; go on with its preset, or choose a new folder")
     for key in now:
         old, new = before.get(key), now[key]
-        if key == "lift" and (old is None) != (new is None):
-            kind = "draws views" if old is None else "lifts"
-            raise RadRotatorError(f"the run was started with another kind of network, one that {kind}; go on with its preset, or choose a new folder")
         if isinstance(new, dict): check_same(old or {}, new, f"{path}{key}.")
         elif old != new and (path or key not in free): raise RadRotatorError(f"the run was started with {path}{key} = {old}, not {new}{', and the rate falls with them' if key == 'steps' else ''}; go on with the same, or choose a new folder")
 
