@@ -12,8 +12,8 @@ __all__ = ['FIGURES', 'SCALE', 'BINS', 'NEAR', 'WINDOW', 'FLOOR', 'JUDGED', 'UNS
            'kind_of_ct', 'without_table', 'whole_ct', 'ct_patients', 'rivals', 'row_of', 'with_angles', 'rows_of',
            'restyled', 'styled_views', 'style_rows', 'fine_rows', 'sweep_figures', 'way_back', 'Spread',
            'spread_over_seeds', 'Judgement', 'sampled', 'oracle_views', 'population_views', 'depth_rivals',
-           'depth_errors', 'cases_of', 'judge_patient', 'judge', 'interval', 'summary', 'error_figures', 'said',
-           'headline', 'fine_table', 'by_group', 'all_rows', 'new_figure', 'skill_figure', 'style_table',
+           'depth_errors', 'cases_of', 'field_of', 'judge_patient', 'judge', 'interval', 'summary', 'error_figures',
+           'said', 'headline', 'fine_table', 'by_group', 'all_rows', 'new_figure', 'skill_figure', 'style_table',
            'sweep_figure', 'angles_figure', 'spread_figure', 'drawn', 'rows_tag', 'verdict', 'glance', 'learnt_said',
            'depth_table', 'depth_said', 'group_parts', 'back_table', 'judge_page', 'plain', 'figures_of',
            'write_report', 'publish']
@@ -36,7 +36,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .core import RadRotatorError, RadRotatorWarning, rng
 from .ct import CT, read_ct
-from .drr import Physics, Renderer, Siddon, attenuation, fit_fov, recentre
+from .drr import Physics, Renderer, Siddon, attenuation, fit_fov, recentre, truncated
 from .geometry import AXES, LIMIT, CArm, inside_frame, rotation, slab_depths, slab_planes, turn_between
 from .geometry import turn_slabs
 from .heads import lift_picture, turn_lifted
@@ -866,7 +866,7 @@ def depth_errors(
     model,        # `RadRotator` that lifts
     ct: CT,       # the patient
     carm: CArm,   # geometry
-) -> dict:        # mm: mean absolute error of the depth of tissue and of detail, weighted by what lies there; spread of the truth
+) -> dict:        # mm: field of view; mean absolute error of the depth of tissue and of detail, weighted by what lies there; spread of the truth
     "How well a frontal input's depth is known."
     pose, K = np.zeros((1, 3)), model.network.config.slabs
     planes, depths, whole = slab_planes(carm, K), slab_depths(carm, K), Renderer(ct)
@@ -875,10 +875,11 @@ def depth_errors(
     picture, dense = slabs.sum(0), bone.sum(0)
     lifted, _ = model.lift(Radiograph((picture*SCALE/picture.max()).numpy(), linear=True))
     tissue, detail = _mean_depth(slabs, depths), _mean_depth(bone, depths)
-    said = _mean_depth(_middle(lifted.soft[0].cpu(), carm.size), lifted.depths.cpu())
+    true_mm = carm.fov/lifted.fov                        # the weights take every picture to be as wide as those they know
+    said = _mean_depth(_middle(lifted.soft[0].cpu(), carm.size), lifted.depths.cpu()*true_mm)
     middle = lambda depth, weight: (depth*weight).sum()/weight.sum().clamp(min=1e-6)
-    return {"tissue, error": _over(said - tissue, picture), "tissue, spread of the truth": _over(tissue - middle(tissue, picture), picture),
-            "detail, error": _over(lifted.detail_depth.cpu() - detail, dense),
+    return {"field": carm.fov, "tissue, error": _over(said - tissue, picture), "tissue, spread of the truth": _over(tissue - middle(tissue, picture), picture),
+            "detail, error": _over(lifted.detail_depth.cpu()*true_mm - detail, dense),
             "detail, spread of the truth": _over(detail - middle(detail, dense), dense)}
 
 # %% ../nbs/12_evaluate.ipynb #dea6aca8
@@ -891,10 +892,22 @@ def cases_of(
     "All single rotations that a patient is asked for: pure, and compound ones with either truth."
     pure, (starts, vectors) = pure_turns(asked.angles), compound_turns(asked.compound, asked.seed)
     after = np.arange(len(pure) + 2*len(vectors)) >= len(pure) + len(vectors)
-    return true_views(ct, np.concatenate([pure, vectors, vectors]), name, carm,
-                      np.concatenate([np.zeros_like(pure), starts, starts]), after)
+    starts, vectors = np.concatenate([np.zeros_like(pure), starts, starts]), np.concatenate([pure, vectors, vectors])
+    ends = np.where(after[:, None], composed(starts, vectors), starts + vectors)
+    fits = ~(truncated(ct, starts, replace(carm, size=24)) | truncated(ct, ends, replace(carm, size=24))).any((1, 2))
+    return true_views(ct, vectors[fits], name, carm, starts[fits], after[fits])
 
 # %% ../nbs/12_evaluate.ipynb #111cb947
+def field_of(
+    ct: CT,            # the patient
+    asked: Questions,  # which rotations
+    size: int,         # pixels of a picture
+) -> CArm:             # with the widest field, up to the one asked for, in which no pure rotation shows where the CT ends
+    "Choose the field of view of a patient. Compound rotations that would show the CT's end in it are left out."
+    sweep = [[0, 0, LIMIT], [0, 0, -LIMIT]] if asked.frames else np.zeros((0, 3))
+    return fit_fov(ct, CArm(size=size, fov=asked.fov), np.concatenate([np.zeros((1, 3)), pure_turns(asked.angles), sweep]))
+
+# %% ../nbs/12_evaluate.ipynb #33ba5edb
 def judge_patient(
     model,               # judged: `RadRotator`, or whatever has its `size`, `defaults`, `views`, `rotate`
     patient: Patient,    # on whom
@@ -903,7 +916,7 @@ def judge_patient(
 ) -> Judgement:
     "Everything that is asked of one patient, who turns about the point that the frontal picture determines."
     ct, sampling = patient.make(), {key: value for key, value in sampling.items() if value is not None}
-    carm = fit_fov(ct, CArm(size=model.size, fov=asked.fov))
+    carm = field_of(ct, asked, model.size)
     ct, lifts = recentre(ct, carm), getattr(model, "lifts", False)
     registrar, seed, name = Registrar(ct, carm), dict(seed=asked.seed), patient.name
     ways = {way: how | seed for way, how in sampled(model.defaults, sampling).items()}
@@ -1079,7 +1092,8 @@ def skill_figure(
             ax.set(ylim=limits, xlim=(0, LIMIT + 0.5)); ax.grid(alpha=0.3)
         column[0].set_title(f"about {axis}", fontsize=9); column[-1].set_xlabel("angle asked for (degrees)")
     for ax, (_, label, _) in zip(axes[:, 0], panels): ax.set_ylabel(label)
-    for ax in axes[:2, 2]: ax.legend(fontsize=7)
+    known = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 # %% ../nbs/12_evaluate.ipynb #ec91ef27
@@ -1194,8 +1208,10 @@ def learnt_said(
                  and ("mean", axis, bin) in of and bin != "0"]
         if not found: continue
         floor, sharp, mean, top = found[-1]
-        parts.append(f"About {axis}, the same depths for everybody gain {floor:.0%} of the error inside, perfect depths {top:.0%}. The "
-                     f"network gains {sharp:.0%}, and {mean:.0%} as a blurred mean: {max(0, (mean - floor)/(top - floor)):.0%} of what there was to learn.")
+        of_all = lambda value: f"{abs(value):.0%} " + ("less" if value >= 0 else "more")
+        parts.append(f"About {axis} and inside, the same depths for everybody leave {of_all(floor)} error than doing nothing, perfect depths "
+                     f"{of_all(top)}, the network {of_all(sharp)}, and {of_all(mean)} as a blurred mean" +
+                     (f": {np.clip((mean - floor)/(top - floor), 0, 1):.0%} of what there was to learn." if top - floor > 0.05 else "."))
     return " ".join(parts)
 
 # %% ../nbs/12_evaluate.ipynb #389c8a77
@@ -1262,7 +1278,8 @@ GLOSSARY = {
     "inside": "the same, only of pixels whose content the input showed. What comes in at the border can only be guessed",
     "inside, mean": "the same weights, with every bit of detail at all depths where it may lie: the least squared error, and a blur. "
         "The model itself puts detail at its mean depth, and is sharp",
-    f"inside, {ORACLE}": "the CT's own slabs, turned in the same way: what perfect knowledge of depth would give. The ceiling",
+    f"inside, {ORACLE}": "the CT, cut into slabs where the network cuts, turned in the same way: what perfect knowledge of depth would give. The "
+        "ceiling; it is low where the body is deeper than all slabs together, 1.2 times the field",
     f"inside, {POPULATION}": "the mean depths of the training patients, the same for everybody. The floor: what the network adds lies above",
     "affine oracle": "skill of the best shift, turn, stretch and shear of the input, fitted to the true view: what can be had without any depth",
     "angle error": "between the pose of the truth and the one found by registering the view to its CT, about the same centre; median, in brackets its "

@@ -393,7 +393,7 @@ def fit_known(
     pictures,             # (S, S) each, drawn as in training
     others,               # the same, of other patients: they set the limits
     of: str,              # what they show, for the sentence
-    kinds: int = 2,       # of pictures: with soft tissue and without
+    kinds: int = 4,       # of pictures: with soft tissue and without, from near and from far
     directions: int = 24, # of each kind
 ) -> dict:                # for JSON: what `strangeness` wants to know
     "What the pictures that weights are trained on look like."
