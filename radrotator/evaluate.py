@@ -130,9 +130,9 @@ class View(Comparison):
     def skill(self) -> float: return skill(self.rotated, self.input, self.truth)
     @property
     def inside(self) -> float:
-        "Skill where the input showed what the view shows."
+        "Skill where the input showed what the view shows; NaN where it showed nothing of it."
         seen = _inside(self.start, self.rotation, self.after, len(self.input), self.fov)
-        return skill(self.rotated[seen], self.input[seen], self.truth[seen])
+        return skill(self.rotated[seen], self.input[seen], self.truth[seen]) if seen.any() else float("nan")
     @property
     def ceiling(self) -> float: return skill(match_histogram(self.truth, self.input), self.input, self.truth)
     @property
@@ -971,6 +971,12 @@ def interval(
     return tuple(np.percentile([statistic(np.concatenate([by_patient[i] for i in draw])) for draw in drawn], (2.5, 97.5)).tolist())
 
 # %% ../nbs/12_evaluate.ipynb #8595203e
+def _mean(values):
+    "Mean of those values that are numbers; NaN where none is."
+    values = np.asarray(values, float)
+    return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+
+# %% ../nbs/12_evaluate.ipynb #72d6a0bd
 def summary(
     rows: list[dict],                  # from `rows_of` or `style_rows`
     by=("method", "axis", "bin"),      # a line for every combination that occurs, in the order in which they do
@@ -980,8 +986,8 @@ def summary(
     for row in rows: cells.setdefault(tuple(row[key] for key in by), {}).setdefault(row["patient"], []).append(row)
     for cell, patients in cells.items():
         values = lambda key: [np.array([row[key] for row in mine], float) for mine in patients.values()]
-        means = {key: [v.mean() for v in values(key)] for key in FIGURES}
-        line = dict(zip(by, cell)) | dict(patients=len(patients)) | {key: float(np.mean(mean)) for key, mean in means.items()}
+        means = {key: [_mean(v) for v in values(key)] for key in FIGURES}
+        line = dict(zip(by, cell)) | dict(patients=len(patients)) | {key: _mean(mean) for key, mean in means.items()}
         for key in ("skill", "inside"): line |= dict(zip((f"{key}_low", f"{key}_high"), interval([[mean] for mean in means[key]])))
         line["skill_worst"] = float(min(means["skill"]))
         found.append(line | (error_figures(values("error")) if "error" in rows[0] else {}))

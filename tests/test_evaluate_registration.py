@@ -6,7 +6,7 @@ import pytest
 from scipy import ndimage, special
 
 from radrotator.ct import read_ct
-from radrotator.drr import fit_fov, render
+from radrotator.drr import Renderer, fit_fov, render
 from radrotator.geometry import CArm
 from radrotator.evaluate import JUDGED, Registrar, rotation_error
 
@@ -44,6 +44,14 @@ def test_true_views(chest, views):
     error = rotation_error(found.poses, POSES)
     assert np.median(error) <= 0.4 and np.mean(error < 1) >= 0.95
     assert (found.score > JUDGED).all()
+
+
+def test_patients_who_turn_about_another_point(chest, light):
+    _, carm, registrar = chest
+    offsets = np.random.default_rng(1).uniform(-15, 15, (8, 3))
+    images = Renderer(light)(POSES[:8], carm, 2, offsets).numpy()
+    known, unknown = (rotation_error(registrar(images, which).poses, POSES[:8]) for which in (offsets, None))
+    assert np.median(known) <= 0.4 and known.max() < 1 < np.median(unknown)
 
 
 def test_worn_views(chest, views):

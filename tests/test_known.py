@@ -9,31 +9,14 @@ from radrotator.core import shared_data
 from radrotator.ct import read_ct
 from radrotator.drr import render
 from radrotator.geometry import CArm
-from radrotator.losses import LiftingConfig
-from radrotator.pairs import TRAIN, VALIDATE, OnTheFlySlabs, PhantomPlan, phantom_jobs, unit_range
+from radrotator.pairs import unit_range
 from radrotator.phantom import BoneAtlas, phantom
 from radrotator.radiograph import Radiograph, read_radiograph, to_unit
-from radrotator.rotate import RadRotator, fit_known, small, strangeness, training_pictures
-from radrotator.train import keep_memory
-
-
-def drawn(folds, volumes):
-    "Pictures as the shipped weights were trained on, of phantoms, and of patients of the atlas where it is at hand"
-    bones = shared_data("pelvis_atlas", "pelvis_atlas.npz")
-    plan = PhantomPlan(count=3000, slabs=1, canvas=64, bare=0.3, bones=bones and str(bones))
-    data = OnTheFlySlabs(phantom_jobs(plan), plan, folds=folds, held=1, refresh=plan.echo)
-    pictures = training_pictures(data, LiftingConfig(), volumes, each=12)
-    data.close()
-    return pictures
+from radrotator.rotate import RadRotator, small, strangeness
 
 
 @pytest.fixture(scope="module")
-def model():
-    "The shipped weights; where they do not say what they know, it is found as when weights are made ready to ship, of fewer patients"
-    keep_memory()
-    model = RadRotator.from_pretrained(device="cpu")
-    if "known" not in model.about: model.about["known"] = fit_known(drawn(TRAIN, 120), drawn(VALIDATE, 50), "frontal pelvis")
-    return model
+def model(): return RadRotator.from_pretrained(device="cpu")
 
 
 def far(model, picture): return strangeness(small(Radiograph(to_unit(picture))).square(64)[0], model.about["known"])
