@@ -119,14 +119,6 @@ class View(Comparison):
     after: bool = False             # whether the truth is R(V)·R(P1), and not R(P1 + V)
 
     @property
-    def pose(self) -> np.ndarray:
-        "(3,) degrees: of the truth."
-        return composed(self.start, self.rotation) if self.after else np.add(self.start, self.rotation)
-    @property
-    def turn(self) -> np.ndarray:
-        "(3, 3): what turns the patient from the input's pose to the truth's."
-        return rotation(self.rotation) if self.after else turn_between(self.start, self.rotation)
-    @property
     def skill(self) -> float: return skill(self.rotated, self.input, self.truth)
     @property
     def inside(self) -> float:
@@ -151,14 +143,28 @@ class View(Comparison):
     def gradient(self) -> float: return gradient_correlation(self.rotated, self.truth)
     @property
     def degrees(self) -> float: return max(map(abs, self.rotation))
-    @property
-    def axis(self) -> str:
-        "x, y or z, none, or about all: compound where the truth is R(P1 + V), composed where it is R(V)·R(P1)."
-        single = {0: "none", 1: AXES[int(np.argmax(np.abs(self.rotation)))]}
-        return single.get(np.count_nonzero(self.rotation), "composed" if self.after else "compound")
 
 
 FIGURES = "skill", "inside", "psnr", "ssim", "ncc", "sharpness", "gradient", "ceiling", "tone_skill"  # of a `View`
+
+# %% ../nbs/12_evaluate.ipynb #b1e00000
+@patch(as_prop=True)
+def pose(self: View) -> np.ndarray:
+    "(3,) degrees: of the truth."
+    return composed(self.start, self.rotation) if self.after else np.add(self.start, self.rotation)
+
+# %% ../nbs/12_evaluate.ipynb #b1e00001
+@patch(as_prop=True)
+def turn(self: View) -> np.ndarray:
+    "(3, 3): what turns the patient from the input's pose to the truth's."
+    return rotation(self.rotation) if self.after else turn_between(self.start, self.rotation)
+
+# %% ../nbs/12_evaluate.ipynb #b1e00002
+@patch(as_prop=True)
+def axis(self: View) -> str:
+    "x, y or z, none, or about all: compound where the truth is R(P1 + V), composed where it is R(V)·R(P1)."
+    single = {0: "none", 1: AXES[int(np.argmax(np.abs(self.rotation)))]}
+    return single.get(np.count_nonzero(self.rotation), "composed" if self.after else "compound")
 
 # %% ../nbs/12_evaluate.ipynb #277a901c
 def best_affine(
@@ -331,17 +337,19 @@ class TurningDRR:
         if moved.any(): found[moved] -= np.cross(offset[moved][..., None, None], through(self.gradient, moved), axis=1)
         return found
 
-    def __call__(self,
-        poses: np.ndarray, # (N, 3) degrees
-        carm: CArm,        # geometry
-        offset=None,       # (N, 3) RAS mm by which the isocentre is moved; None: not at all
-    ) -> np.ndarray:       # (N, 4, size, size): the DRR, and its derivatives about x, y and z, per degree
-        "DRRs and how they change with the pose."
-        offset = np.zeros_like(poses) if offset is None else np.asarray(offset, float)
-        before = rotation(poses[:, None]*np.tri(3, k=-1))  # R of the angles that turn the patient before x, y and z do
-        axes = np.radians(np.einsum("nkkc->nkc", before))  # row k is e_k as the turned patient has it
-        slopes = np.einsum("nkc,ncij->nkij", -axes, self.turning(poses, carm, offset))
-        return np.concatenate([self.views(poses, carm, offset)[:, None], slopes], axis=1)
+# %% ../nbs/12_evaluate.ipynb #b1e0ca11
+@patch
+def __call__(self: TurningDRR,
+    poses: np.ndarray, # (N, 3) degrees
+    carm: CArm,        # geometry
+    offset=None,       # (N, 3) RAS mm by which the isocentre is moved; None: not at all
+) -> np.ndarray:       # (N, 4, size, size): the DRR, and its derivatives about x, y and z, per degree
+    "DRRs and how they change with the pose."
+    offset = np.zeros_like(poses) if offset is None else np.asarray(offset, float)
+    before = rotation(poses[:, None]*np.tri(3, k=-1))  # R of the angles that turn the patient before x, y and z do
+    axes = np.radians(np.einsum("nkkc->nkc", before))  # row k is e_k as the turned patient has it
+    slopes = np.einsum("nkc,ncij->nkij", -axes, self.turning(poses, carm, offset))
+    return np.concatenate([self.views(poses, carm, offset)[:, None], slopes], axis=1)
 
 # %% ../nbs/12_evaluate.ipynb #9b373eed
 WINDOW = 13/96  # of a picture's side

@@ -99,7 +99,7 @@ def test_a_volume_too_short_to_be_judged_is_left_out_by_name(weights, tmp_path, 
     assert main(["evaluate", "-o", str(tmp_path/"report"), "--device", "cpu", *map(str, words), *FEW]) == 0
     assert "CT 1 is left out" in capsys.readouterr().err
     known = json.loads((tmp_path/"report"/"report.json").read_text())
-    (group, figures), (left_out,) = known["groups"].items(), known["about"]["left_out"]
+    (figures,), (left_out,) = known["groups"].values(), known["about"]["left_out"]
     assert figures["patients"] == ["CT 2"] and re.fullmatch("real CT, (soft tissue|bone only), CT 1", left_out)
     assert left_out in (tmp_path/"report"/"report.html").read_text()
 
