@@ -269,7 +269,7 @@ def test_pairs_rendered_while_training_are_resumed_to_the_bit(server, tmp_path):
     cts.mkdir()
     for i in range(4): write_ct(ball(2*i - 4), cts/f"v{i}.nii.gz")
     (cts/"folds.csv").write_text("name,patient,fold\n" + "".join(f"v{i},v{i},1\n" for i in range(4)))
-    words = [("train", "--cts", cts, "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160", "held": 2, "refresh": 3}), "--steps", 10, "--resume") for run in runs]
+    words = [("train", "--cts", cts, "--preset", "paper-tiny", "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160", "held": 2, "refresh": 3}), "--steps", 10, "--resume") for run in runs]
     assert server(*words[1], at=(str(runs[1]), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
     for each in words: assert server(*each)[::2] == (0, "")
     assert same(*runs) and figures(runs[0]) == figures(runs[1]) and read_checkpoint(checkpoints(runs[1])[-1])[1]["step"] == 10
@@ -278,7 +278,7 @@ def test_pairs_rendered_while_training_are_resumed_to_the_bit(server, tmp_path):
 def test_cts_without_a_table_of_folds_stay_untouched_and_a_later_one_is_named(server, tmp_path):
     cts, run = tmp_path/"cts", tmp_path/"run"
     cts.mkdir(); write_ct(ball(0), cts/"first.nii.gz")
-    words = lambda n: ("train", "--cts", cts, "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160"}), "--steps", n, "--resume")
+    words = lambda n: ("train", "--cts", cts, "--preset", "paper-tiny", "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160"}), "--steps", n, "--resume")
     assert server(*words(2))[::2] == (0, "") and [path.name for path in cts.iterdir()] == ["first.nii.gz"]
     write_ct(ball(2), cts/"later.nii.gz")
     code, _, err = server(*words(3))
@@ -373,6 +373,75 @@ def test_a_batch_that_cannot_be_shared(server, untold, tmp_path):
         assert code == 2; sentence(err, "a batch of 8 pairs is not to be shared by 2 processes.*multiple of 16")
     assert not (tmp_path/"run").exists()
     for batch, processes in ((GRAIN, 1), (3, 1), (48, 3), (64, 4)): assert [i for process in range(processes) for i in share_of(batch, process, processes)] == list(range(batch))
+
+
+# What lifts ---------------------------------------------------------------
+
+LIFTING = {"lift.size": "32", "lift.canvas": "48", "lift.slabs": "8", "lift.channels": "16", "lift.multipliers": "1,2", "lift.tones": "16", "batch": "16", "every": "5", "validation": "8",
+           "precision": "fp32", "held": "2", "refresh": "4", "data.oversample": "1", "data.fov": "160,160"}
+
+
+def lifting(cts, run, *words, **other):
+    "What to type to train on slabs"
+    return ("train", "--cts", cts, "--preset", "tiny", "-o", run, "--device", "cpu", "--workers", 0, "--resume", "--steps", 10,
+            *(word for key, value in (LIFTING | other).items() for word in ("--set", f"{key}={value}")), *words)
+
+
+@pytest.fixture(scope="module")
+def bodies(tmp_path_factory):
+    "Four CTs to train on, one to validate"
+    folder = tmp_path_factory.mktemp("cts")
+    for i in range(5): write_ct(ball(2*i - 4), folder/f"v{i}.nii.gz")
+    (folder/"folds.csv").write_text("name,patient,fold\n" + "".join(f"v{i},v{i},{6 if i == 4 else 1}\n" for i in range(5)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lifted(server, bodies, tmp_path_factory):
+    "A run that lifts, and that nothing interrupted, with a row for every step"
+    run = tmp_path_factory.mktemp("lifted")/"run"
+    code, out, err = server(*lifting(bodies, run, every=1))
+    assert (code, err) == (0, "") and "10 of 10 steps" in out
+    return run
+
+
+def test_a_run_that_lifts_is_resumed_to_the_bit(server, bodies, lifted, tmp_path):
+    run = tmp_path/"run"
+    for count in (2, 3, 3):   # killed as step 2 gets its name, in the midst of steps that ask about the same slabs; and later
+        assert server(*lifting(bodies, run, every=1), at=(str(run), "os.rename /.checkpoint", count, *KILL))[0] == -signal.SIGKILL
+    assert server(*lifting(bodies, run, every=1))[::2] == (0, "")
+    assert same(run, lifted) and figures(run) == figures(lifted) and not hidden(run)
+    network, about = load_weights(run/"weights.safetensors")
+    assert network.config.slabs == 8 and "depth_error" in about and about["training"]["lift"]["canvas"] == 48
+
+
+@pytest.mark.parametrize("early", [0, 0.5])
+def test_two_processes_lift_as_one_does(early, server, bodies, lifted, tmp_path):
+    "Also where some of what is trained is not asked for in every pass, and the first steps know the patients of both"
+    one, run = tmp_path/"one", tmp_path/"two"
+    asked = {"lifting.early": early, "every": 5, "together": 8} if early else {"every": 1}
+    words = ("--together", asked.pop("together")) if early else ()
+    if early: assert server(*lifting(bodies, one, **asked))[::2] == (0, "")
+    for each in two(server, *lifting(bodies, run, *words, **asked)): assert server.end(*each)[::2] == (0, "")
+    whole = one if early else lifted
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-3)
+    assert torch.equal(tensors(run)["network.population"], tensors(whole)["network.population"])
+    assert torch.equal(tensors(run)["network.tone.bank"], tensors(whole)["network.tone.bank"])
+
+
+def test_what_cannot_be_lifted_is_one_sentence(server, bodies, sets, lifted, tmp_path):
+    run = tmp_path/"run"
+    cases = [(lifting(bodies, run, rate=1e30, warmup=0, every=1), r"the loss became (nan|inf) at step 2; the last checkpoint .* intact"),
+             (lifting(bodies, tmp_path/"a", **{"lift.canvas": 50}), "lift.* canvas = 50; give 32, or more by a multiple of 8"),
+             (lifting(bodies, tmp_path/"b", **{"lifting.view": -1}), "view = -1.0; give 0 or more"),
+             (lifting(bodies, tmp_path/"c", **{"unet.size": 32}), "cannot set unet.size: .* lifts"),
+             (("train", "--data", sets, "--preset", "tiny", "-o", tmp_path/"d", "--device", "cpu"), "cannot learn depth from DRR sets"),
+             (("train", "--cts", bodies, "-o", shutil.copytree(lifted, tmp_path/"e"), "--resume", "--device", "cpu", "--set", "lift.slabs=12"), "started with lift.slabs = 8, not 12")]
+    begun = [(server.start(*words), why) for words, why in cases]
+    for process, why in begun:
+        code, _, err = server.end(*process)
+        assert code == 2; sentence(err, why)
+    assert read_checkpoint(checkpoints(run)[-1])[1]["step"] == 1 and all(tensor.isfinite().all() for tensor in tensors(run).values())
 
 
 # What goes wrong ----------------------------------------------------------
