@@ -288,7 +288,7 @@ def distance(
     for p in parts:
         d = part_distance(p, grid, box)
         if p.carve: out = -smooth_min(-out, d, p.blend)
-        else: np.copyto(out, smooth_min(out, d, p.blend), where=d < BAND)  # where both are far, the distance is unknown: no blending
+        else: np.copyto(out, smooth_min(out, d, p.blend), where=d < BAND)  # further away the distance is unknown
     return out, box
 
 # %% ../nbs/02_phantom.ipynb #6941508a
@@ -317,8 +317,9 @@ class Pelvis:
         parts = {k: [p.map(f) for p in v] for k, v in self.parts.items()}
         sockets = {k: (f(c), r) for k, (c, r) in self.sockets.items()}
         struts = {k: f(line) for k, line in self.struts.items()}
-        return replace(self, parts=parts, sockets=sockets, endplate=f(self.endplate), tail=None if self.tail is None else f(self.tail), struts=struts,
-                       femora={k: v.map(f) for k, v in self.femora.items()})
+        femora, tail = {k: v.map(f) for k, v in self.femora.items()}, None if self.tail is None else f(self.tail)
+        moved = dict(endplate=f(self.endplate), tail=tail, struts=struts, femora=femora)
+        return replace(self, parts=parts, sockets=sockets, **moved)
 
 # %% ../nbs/02_phantom.ipynb #79665908
 @dataclass(frozen=True)
@@ -665,7 +666,7 @@ class BoneAtlas:
 def read_packed(
     path: Path,  # .npz
 ) -> tuple:      # patients (P,), vertices (P, B, V, 3) mm RAS+, faces
-    "A NumPy archive with `vertices`, `faces_hip_left`, … and `patient` numbers if there are any; or one with whole pelves and femora."
+    "A NumPy archive with `vertices`, `faces_hip_left`, … and `patient` numbers if any; or whole pelves and femora."
     try:
         with np.load(path, allow_pickle=False) as z:
             if "femur_left" in z: return split_pelves(dict(z))
@@ -678,9 +679,10 @@ def read_packed(
 def split_pelves(
     z: dict,     # pelvis (P, V, 3), femur_left, femur_right_mirrored, faces_pelvis, faces_femur
 ) -> tuple:      # patients (P,), vertices (P, 5, V, 3) mm RAS+, faces of the five bones
-    "Whole pelves in three bones, and their femora; bones with fewer vertices than the largest are filled up with unused ones."
+    "Whole pelves in three bones, and their femora; bones of fewer vertices are filled up with unused ones."
     pelvis, faces = z["pelvis"].astype(np.float64), z["faces_pelvis"]
-    edges = sparse.coo_matrix((np.ones(2*len(faces)), (np.r_[faces[:, 0], faces[:, 0]], np.r_[faces[:, 1], faces[:, 2]])), (pelvis.shape[1],)*2)
+    ends = np.r_[faces[:, 0], faces[:, 0]], np.r_[faces[:, 1], faces[:, 2]]
+    edges = sparse.coo_matrix((np.ones(2*len(faces)), ends), (pelvis.shape[1],)*2)
     number, piece = connected_components(edges, directed=False)
     if number != 3: raise ValueError(f"{number} surfaces")
     left, middle, right = np.argsort([pelvis[:, piece == i, 0].mean() for i in range(3)])
@@ -689,7 +691,8 @@ def split_pelves(
         rows = np.flatnonzero(piece == i)
         bones[name], out[name] = pelvis[:, rows], np.searchsorted(rows, faces[piece[faces[:, 0]] == i])
     for name, key, order in zip(FEMORA, ("femur_left", "femur_right_mirrored"), (1, -1)):
-        bones[name], out[name] = z[key].astype(np.float64), z["faces_femur"][:, ::order]  # a mirror turns faces inside out
+        bones[name] = z[key].astype(np.float64)
+        out[name] = z["faces_femur"][:, ::order]  # a mirror turns faces inside out
     longest = max(v.shape[1] for v in bones.values())
     filled = [np.concatenate([v, v[:, :1].repeat(longest - v.shape[1], 1)], 1) for v in bones.values()]
     return 1000 + np.arange(len(pelvis)), np.stack(filled, 1), out
@@ -751,7 +754,8 @@ def load_surfaces(
     path = Path(path)
     if not path.exists(): raise RadRotatorError(f"{path}: no bone atlas there; give the .npz file with bone surfaces, or the folder of .vtk surfaces")
     patients, vertices, faces = (read_folder if path.is_dir() else read_packed)(path)
-    if vertices.ndim != 4 or vertices.shape[1] != len(faces) or vertices.shape[3] != 3 or len(vertices) < 8 or len(patients) != len(vertices) or not np.isfinite(vertices).all():
+    fits = vertices.ndim == 4 and vertices.shape[1] == len(faces) and vertices.shape[3] == 3
+    if not fits or len(vertices) < 8 or len(patients) != len(vertices) or not np.isfinite(vertices).all():
         raise RadRotatorError(f"{path}: the vertices are not finite numbers of shape (patients ≥ 8, 3 bones, V, 3); get or pack the atlas again")
     if any(f.dtype.kind not in "iu" or f.ndim != 2 or f.shape[1] != 3 or not len(f) or f.min() < 0 or f.max() >= vertices.shape[2] for f in faces.values()):
         raise RadRotatorError(f"{path}: the faces are not three numbers each of vertices that are there; get or pack the atlas again")
@@ -767,8 +771,8 @@ def femur_vertices(
     head = socket_vertices(vertices, faces[:, ::-1], np.arange(18.0, 28.0))
     c, r = sphere_fit(vertices[head])
     away, below = np.linalg.norm(vertices - c, axis=1)/r, c[2] - vertices[:, 2]
-    return dict(head=head, neck=np.flatnonzero((away > 1.2) & (away < 1.7) & used), upper=np.flatnonzero((below > 80) & (below < 120) & used),
-                lower=np.flatnonzero((below > 190) & (below < 240) & used))
+    between = lambda values, low, high: np.flatnonzero((values > low) & (values < high) & used)
+    return dict(head=head, neck=between(away, 1.2, 1.7), upper=between(below, 80, 120), lower=between(below, 190, 240))
 
 # %% ../nbs/02_phantom.ipynb #4bfeface
 def strut_vertices(
@@ -798,7 +802,8 @@ def read_atlas(
     mean, keep = mean.reshape(len(faces), -1, 3), len(moved) - 1
     top, end = sacrum_vertices(mean[2], faces["sacrum"])
     marks = dict(left=socket_vertices(mean[0], faces["hip_left"]), right=socket_vertices(mean[1], faces["hip_right"]), endplate=top, tail=end)
-    for bone, v in zip(FEMORA, mean[3:]): marks |= {(bone, name): rows for name, rows in femur_vertices(v, faces[bone]).items()}
+    for bone, v in zip(FEMORA, mean[3:]):
+        marks |= {(bone, name): rows for name, rows in femur_vertices(v, faces[bone]).items()}
     return BoneAtlas(vertices, faces, folds, mean, modes[:keep], s[:keep]/np.sqrt(keep), marks | strut_vertices(mean))
 
 # %% ../nbs/02_phantom.ipynb #7b9b4b6b
@@ -808,7 +813,8 @@ def read(
     path,          # .npz, or a folder of .vtk; several: a sequence, or a text with commas between
 ):                 # BoneAtlas, or BoneAtlases
     "Read an atlas, packed or as its authors publish it; or several as one."
-    if isinstance(path, (str, Path)): path = [path] if Path(path).exists() else [p.strip() for p in str(path).split(",")]
+    if isinstance(path, (str, Path)):
+        path = [path] if Path(path).exists() else [part.strip() for part in str(path).split(",")]
     found = tuple(read_atlas(str(p)) for p in path)
     return found[0] if len(found) == 1 else BoneAtlases(found)
 
@@ -825,7 +831,8 @@ def surfaces(
     along = top @ [0, 0.78, -0.62]
     plate = np.stack([top[along > np.quantile(along, 0.85)].mean(0), top[along < np.quantile(along, 0.15)].mean(0)])
     lines = {k: vertices[BONES.index(k[0])][rows] for k, rows in self.marks.items() if k[0] in BONES}
-    pelvis = Pelvis(parts, sockets, plate, np.stack([plate.mean(0), end.mean(0)]), (max(np.ptp(end[:, 0])/2 - 8, 25.0), 10.0), lines)
+    size = max(np.ptp(end[:, 0])/2 - 8, 25.0), 10.0
+    pelvis = Pelvis(parts, sockets, plate, np.stack([plate.mean(0), end.mean(0)]), size, lines)
     return self.jointed(pelvis, vertices) if len(vertices) == 5 else pelvis
 
 # %% ../nbs/02_phantom.ipynb #b61f5403
@@ -852,10 +859,11 @@ def jointed(
     sockets, parts, femora = {}, dict(pelvis.parts), {}
     for k, s in enumerate(("left", "right")):
         bone = FEMORA[k]
-        marks = {name: rows for (of, name), rows in ((key, rows) for key, rows in self.marks.items() if key[0] == bone)}
+        marks = {key[1]: rows for key, rows in self.marks.items() if key[0] == bone}
         head, radius = sphere_fit(vertices[3 + k][marks["head"]])
         centre = placed_sphere(vertices[k][self.marks[s]], radius + gap)
-        sockets[s], femora[s] = (centre, radius + gap), FemurSurface(vertices[3 + k] + centre - head, self.faces[bone], marks)
+        sockets[s] = centre, radius + gap
+        femora[s] = FemurSurface(vertices[3 + k] + centre - head, self.faces[bone], marks)
         parts["hip_" + s] = parts["hip_" + s] + [replace(chain([centre], radius + gap), carve=True)]
     return replace(pelvis, parts=parts, sockets=sockets, femora=femora, tail=None)
 
@@ -892,7 +900,9 @@ class BoneAtlases:
     def sample(self, g): return self.atlases[g.integers(len(self.atlases))].sample(g)
 
     def patient(self, i):
-        if not 0 <= i < len(self.folds): raise RadRotatorError(f"patient {i}: the atlases have patients 0 to {len(self.folds) - 1}; give one of these")
+        last = len(self.folds) - 1
+        if not 0 <= i <= last:
+            raise RadRotatorError(f"patient {i}: the atlases have patients 0 to {last}; give one of these")
         starts = np.cumsum([0] + [len(a.vertices) for a in self.atlases])
         which = np.searchsorted(starts, i, "right") - 1
         return self.atlases[which].patient(i - int(starts[which]))
@@ -965,12 +975,17 @@ class Hip:
 
     @classmethod
     def draw(cls, g, size):
-        return cls(g.normal(129, 4.5), g.normal(14, 6), np.clip(g.normal(43, 4)*size, 32, 54), g.uniform(2.5, 4.5), np.clip(g.normal(14.2, 1.2)*size, 11.5, 17.5),
-                   np.clip(g.normal(-3, 5), -10, 12) if g.random() < 0.7 else g.uniform(0, 33), np.clip(g.normal(5, 7), -18, 16), g.normal(0, 14))
+        angles = g.normal(129, 4.5), g.normal(14, 6)
+        offset, gap = np.clip(g.normal(43, 4)*size, 32, 54), g.uniform(2.5, 4.5)
+        shaft = np.clip(g.normal(14.2, 1.2)*size, 11.5, 17.5)
+        flexion = np.clip(g.normal(-3, 5), -10, 12) if g.random() < 0.7 else g.uniform(0, 33)
+        return cls(*angles, offset, gap, shaft, flexion, np.clip(g.normal(5, 7), -18, 16), g.normal(0, 14))
 
     def other(self, g):
-        return replace(self, neck_shaft=self.neck_shaft + g.normal(0, 1.5), antetorsion=self.antetorsion + g.normal(0, 3), flexion=self.flexion + g.normal(0, 3),
-                       adduction=self.adduction + g.normal(0, 4), rotation=self.rotation + g.normal(0, 8))
+        differ = dict(neck_shaft=1.5, antetorsion=3, flexion=3, adduction=4, rotation=8)
+        return replace(self, **{name: getattr(self, name) + g.normal(0, sd) for name, sd in differ.items()})
+
+
 
 # %% ../nbs/02_phantom.ipynb #7d6b9e06
 def femur_frame(
@@ -999,8 +1014,9 @@ def femur(
     across = q*np.array([-1, 1])[None, :, None]*np.array([np.sin(lean), 0, np.cos(lean)])  # a neck is taller than thick
     neck = np.array([0.45, 0.62, 0.85, 1.0])[:, None, None]*base + np.array([5.5, 4.0, 5.0, 8.0])[:, None, None]*across
     tip = np.array([base[0] + 11*q, -9*q, -4.0])  # as high as the middle of the head
+    bow = (0, -8), (1, -40), (3, -80), (5, -130), (5, -190), (2, -270), (-8, -400)
     parts = [chain([np.zeros(3)], radius), sheet(neck, np.array([[13.0], [11.5], [12.0], [14.0]])*q, 5.0),
-             chain([at(0, 0, -8), at(0, 1, -40), at(0, 3, -80), at(0, 5, -130), at(0, 5, -190), at(0, 2, -270), at(0, -8, -400)], np.array([16.5, 16, 14.5, 14, 14, 14, 16])*q, 6.0),
+             chain([at(0, y, z) for y, z in bow], np.array([16.5, 16, 14.5, 14, 14, 14, 16])*q, 6.0),
              sheet(np.array([[tip, at(13, 0, -12)], [at(4, -6, 6), at(5, 0, -22)]]), np.array([[7.5, 9.5], [12, 13]])*q, 6.0),
              chain([at(-8, -7, -22), at(-15, -13, -26)], np.array([9, 6.5])*q, 6.0)]
     return [p.map(place) for p in parts]
@@ -1183,7 +1199,7 @@ class Skeleton:
     bones: dict                           # label -> list of Part
     spine: Spine                          # lumbar
     implants: tuple = ()                  # of Prosthesis
-    moves: dict = field(default_factory=dict) # broken piece -> the map that brought it there; pieces are named hip_left/1, …
+    moves: dict = field(default_factory=dict) # broken piece (hip_left/1, …) -> the map that brought it there
 
     @property
     def shafts(self): return self.along_shafts(2.0, -60.0)
@@ -1191,7 +1207,9 @@ class Skeleton:
     @property
     def knees(self): return self.along_shafts(3.0, -360.0)
 
-    def along_shafts(self, y, z): return {s: femur_frame(self.pelvis.sockets[s][0], h, s)[1](np.array([h.offset, y, z])) for s, h in self.hips.items()}
+    def along_shafts(self, y, z):
+        frames = {s: femur_frame(self.pelvis.sockets[s][0], h, s)[1] for s, h in self.hips.items()}
+        return {s: frames[s](np.array([h.offset, y, z])) for s, h in self.hips.items()}
 
 # %% ../nbs/02_phantom.ipynb #0ceb01f5
 def skeleton(
@@ -1253,11 +1271,13 @@ class Fracture:
         anchor = skeleton.pelvis.sockets[side][0] if bone != "sacrum" else skeleton.pelvis.endplate.mean(0)
         corners = np.concatenate([p.triangles.reshape(-1, 3) for p in skeleton.bones[bone] if not p.carve])
         corners = corners[np.linalg.norm(corners - anchor, axis=1) < 160]  # of a femur what can be seen
-        point, normal = corners[g.integers(len(corners))], g.normal(0, 1, 3)*([1, 1, 3] if bone in FEMORA else [1, 1, 1])
+        point = corners[g.integers(len(corners))]
+        normal = g.normal(0, 1, 3)*([1, 1, 3] if bone in FEMORA else [1, 1, 1])  # across a shaft rather than along it
         normal *= -np.sign((anchor - point) @ normal + 1e-9)/np.linalg.norm(normal)
         far = g.uniform(0.5, 20)*g.random()*(0.35 if np.linalg.norm(anchor - point) < 40 else 1)
         away, degrees = g.normal(0, 1, 3), g.normal(0, 4, 3)
-        return cls(str(bone), point, normal, turn(0, degrees[0]) @ turn(1, degrees[1]) @ turn(2, degrees[2]), far*away/np.linalg.norm(away), bool(g.random() < 0.15))
+        r, shift = turn(0, degrees[0]) @ turn(1, degrees[1]) @ turn(2, degrees[2]), far*away/np.linalg.norm(away)
+        return cls(str(bone), point, normal, r, shift, bool(g.random() < 0.15))
 
 # %% ../nbs/02_phantom.ipynb #b1da4df9
 def broken(
@@ -1354,7 +1374,8 @@ def empty_scene(
 ) -> Scene:
     "Air, and the texture that spongy bone will have."
     texture = noise_field(g, grid, np.maximum((3.5, 3.5, 8.0), 1.3*grid.spacing))
-    return Scene(grid, np.full(grid.shape, -1000, np.float32), np.zeros(grid.shape, np.uint8), texture, np.zeros(grid.shape, bool))
+    labels, gas = (np.zeros(grid.shape, kind) for kind in (np.uint8, bool))
+    return Scene(grid, np.full(grid.shape, -1000, np.float32), labels, texture, gas)
 
 # %% ../nbs/02_phantom.ipynb #dc0fd95b
 def bone_hu(
@@ -1430,7 +1451,8 @@ def thickened(
     cortex: float,     # relative thickness
 ) -> Density:
     "A thicker or thinner cortex, everywhere."
-    return replace(density, cortex=cortex*density.cortex, regions=tuple(replace(r, cortex=cortex*r.cortex) for r in density.regions))
+    regions = tuple(replace(r, cortex=cortex*r.cortex) for r in density.regions)
+    return replace(density, cortex=cortex*density.cortex, regions=regions)
 
 # %% ../nbs/02_phantom.ipynb #4a9d1a88
 def densities(
@@ -1494,8 +1516,10 @@ def draw_belly(
     front, back = (float(np.clip(fat*g.lognormal(0, 0.4), 4, 120)) for _ in range(2))
     belly = g.normal(74, 26) + 0.9*front + max(g.normal(0.5*(fat - 20), 35), 0)
     hangs = g.random() < (0.12 if fat < 30 else 0.5)
-    return dict(fat=fat, fat_front=front, fat_back=back, belly=float(np.clip(belly, 38, 280)), groin=float(np.clip(g.normal(56, 14) + 0.9*front, 46, 180)),
-                chest=float(np.clip(g.normal(84, 26) + 0.6*front, 55, 230)), navel=g.uniform(60, 190), cushion=float(np.clip(g.normal(13, 9) + 0.4*back, 5, 75)),
+    near = lambda mean, sd, low, high: float(np.clip(g.normal(mean, sd), low, high))
+    groin, chest = near(56 + 0.9*front, 14, 46, 180), near(84 + 0.6*front, 26, 55, 230)
+    ahead = dict(belly=float(np.clip(belly, 38, 280)), groin=groin, chest=chest, navel=g.uniform(60, 190))
+    return dict(fat=fat, fat_front=front, fat_back=back, **ahead, cushion=near(13 + 0.4*back, 9, 5, 75),
                 press=g.uniform(5, 45), hollow=g.uniform(0, 40), square=(g.uniform(0, 0.6), g.uniform(0.15, 0.9)),
                 apron=(hangs*g.uniform(5, 35 + 0.8*fat), g.uniform(-20, 100), g.uniform(60, 160), g.uniform(0.6, 1.0)))
 
@@ -1509,11 +1533,16 @@ def draw(
     "Any habitus, and many that nobody has."
     fat = float(np.clip(g.lognormal(np.log(22), 0.7), 5, 95))
     width = float(np.clip(pelvis_width/2 + np.clip(g.normal(20, 11), 4, 50) + fat, 140, 280))
-    limbs = dict(buttock=(g.uniform(62, 95), g.uniform(-45, 20), g.uniform(95, 155)), thigh=float(np.clip(g.normal(66, 11) + 0.75*fat*g.lognormal(0, 0.25), 50, 150)), round=g.uniform(0.85, 1.2),
-                 medial=g.uniform(5, 30), sunk=g.uniform(-8, 45), crotch=g.uniform(80, 115), genital=float(g.choice([0, 1])*g.uniform(18, 34)), uneven=tuple(g.normal(0, 0.05, 4)))
+    buttock = g.uniform(62, 95), g.uniform(-45, 20), g.uniform(95, 155)
+    thigh = float(np.clip(g.normal(66, 11) + 0.75*fat*g.lognormal(0, 0.25), 50, 150))
+    limbs = dict(buttock=buttock, thigh=thigh, round=g.uniform(0.85, 1.2), medial=g.uniform(5, 30),
+                 sunk=g.uniform(-8, 45), crotch=g.uniform(80, 115), genital=float(g.choice([0, 1])*g.uniform(18, 34)),
+                 uneven=tuple(g.normal(0, 0.05, 4)))
     lie = dict(tilt=g.normal(0, 0.065), roll=g.normal(0, 0.06), shift=g.normal(0, 8), lean=g.normal(0, 0.04))
-    inner = dict(visceral=g.uniform(0.3, 0.8), bladder=g.uniform(15, 46), contrast=float(g.choice([0, 0, 1])*g.uniform(60, 180)), calcified=bool(g.random() < 0.35))
-    return cls(width=width, waist=g.uniform(0.76, 1.08), ribs=g.uniform(0.8, 1.05), **draw_belly(g, fat), **limbs, **lie, **inner)
+    inner = dict(visceral=g.uniform(0.3, 0.8), bladder=g.uniform(15, 46),
+                 contrast=float(g.choice([0, 0, 1])*g.uniform(60, 180)), calcified=bool(g.random() < 0.35))
+    sides = dict(width=width, waist=g.uniform(0.76, 1.08), ribs=g.uniform(0.8, 1.05))
+    return cls(**sides, **limbs, **lie, **inner, **draw_belly(g, fat))
 
 # %% ../nbs/02_phantom.ipynb #75a023ac
 @njit(cache=_CACHE, fastmath=True, error_model="numpy")
@@ -1618,20 +1647,24 @@ def trunk_ovals(
     body: Body,     # habitus
     bed: Bed,       # how it lies
     z,              # (Z,) mm
-) -> tuple:         # (Z, 7) trunk and (Z, 7) hanging belly: half width, half depth in front and behind, middle R and A, squareness
+) -> tuple:         # (Z, 7) trunk and (Z, 7) hanging belly, as in `body_ovals`
     "Trunk, rounded off at the crotch, and what hangs from it."
     up, close = z - bed.middle[2], np.sqrt(1 - np.clip((bed.middle[2] - 15 - z)/(body.crotch - 15), 0, 1)**2)
     belly, most = max(body.belly, 160 - bed.behind), 420 - bed.behind
-    front = smooth_profile(up, [-110, -40, 30, body.navel, 340], [body.groin - 10, body.groin, 0.6*body.groin + 0.4*belly, belly, body.chest]).clip(max=most)
-    back = bed.behind + smooth_profile(up, [-120, -30, 50, 170, 250, 340], [0, body.press, 0.7*body.press, -body.hollow, -0.4*body.hollow, 0.3*body.press])
+    stages = [body.groin - 10, body.groin, 0.6*body.groin + 0.4*belly, belly, body.chest]
+    front = smooth_profile(up, [-110, -40, 30, body.navel, 340], stages).clip(max=most)
+    curve = [0, body.press, 0.7*body.press, -body.hollow, -0.4*body.hollow, 0.3*body.press]
+    back = bed.behind + smooth_profile(up, [-120, -30, 50, 170, 250, 340], curve)
     wide = body.width*smooth_profile(up, [-110, 0, 150, 340], [0.96, 1, body.waist, body.ribs])
     ahead, sides = 0.42*(front + bed.behind) - bed.behind, bed.middle[0] + body.lean*up
     level, flat = bed.table(z) + bed.behind, np.ones(len(z))
-    trunk = [wide*close, (front - ahead)*close**1.5, (ahead + back)*close**1.5, sides, level + ahead, body.square[0]*flat, body.square[1]*flat]
+    trunk = [wide*close, (front - ahead)*close**1.5, (ahead + back)*close**1.5, sides, level + ahead,
+             *np.outer(body.square, flat)]
     stands, above, half, share = body.apron
     ball = np.sqrt(1 - np.clip((up - above)/half, -1, 1)**2)*(stands > 0)
     out = (0.5*front + stands).clip(max=most - 0.5*front)
-    return np.stack(trunk, 1), np.stack([share*body.width*ball, out*ball**1.5, 40*ball, sides, level + 0.5*front, 0*flat, 0*flat], 1)
+    apron = [share*body.width*ball, out*ball**1.5, 40*ball, sides, level + 0.5*front, 0*flat, 0*flat]
+    return np.stack(trunk, 1), np.stack(apron, 1)
 
 # %% ../nbs/02_phantom.ipynb #8787faaa
 def thigh_ovals(
@@ -1642,10 +1675,12 @@ def thigh_ovals(
     side: str,           # left, right
 ) -> tuple:              # (Z, 7) buttock and (Z, 7) thigh
     "A buttock pressed flat, and a thigh that rests on the table unless its femur is lifted."
-    sign, flat, (more, deeper) = -1.0 if side == "left" else 1.0, np.ones(len(z)), np.reshape(body.uneven, (2, 2))[int(side == "right")]
-    off, above, half = body.buttock
+    sign, (more, deeper) = (-1.0, body.uneven[:2]) if side == "left" else (1.0, body.uneven[2:])
+    (off, above, half), flat = body.buttock, np.ones(len(z))
     ball, level = np.sqrt(1 - np.clip((z - bed.middle[2] - above)/half, -1, 1)**2), bed.table(z)
-    buttock = [0.58*body.width*(1 + more)*ball, 0.6*bed.behind*ball**1.5, (0.55*bed.behind*(1 + deeper) + body.press)*ball**1.5, bed.middle[0] + sign*off*flat, level + 0.55*bed.behind, 0*flat, 0.5*flat]
+    depths = 0.6*bed.behind, 0.55*bed.behind*(1 + deeper) + body.press
+    buttock = [0.58*body.width*(1 + more)*ball, *np.outer(depths, ball**1.5), bed.middle[0] + sign*off*flat,
+               level + 0.55*bed.behind, 0*flat, 0.5*flat]
     hip, knee, top = skeleton.pelvis.sockets[side][0], skeleton.knees[side], skeleton.shafts[side]
     along = (top[2] - z)/(top[2] - knee[2])
     w = body.thigh*(1 + more)*(1 - 0.13*np.clip(along, -0.2, 1.5))*np.sqrt(np.clip((hip[2] + 80 - z)/130, 0, 1))
@@ -1662,7 +1697,7 @@ def body_ovals(
     bed: Bed,            # how it lies
     z,                   # (Z,) mm
     skeleton: Skeleton,  # all bones
-) -> np.ndarray:         # (7, Z, 7): half width, half depth in front and behind, middle R and A, mm; squareness of front and back
+) -> np.ndarray:         # (7, Z, 7): half width, half depth in front and behind, middle R and A, two squarenesses
     "Trunk, hanging belly, buttocks, thighs and genitals, level by level."
     trunk, apron = trunk_ovals(body, bed, z)
     (left, thigh_left), (right, thigh_right) = (thigh_ovals(body, bed, z, skeleton, s) for s in ("left", "right"))
@@ -1677,7 +1712,8 @@ def fat_layers(
     up,               # (Z,) mm above the hip centres
 ) -> np.ndarray:      # (Z, 3) mm: in front, at the sides, behind
     "Thickness of the fat below the skin; the thighs have less, above all in front."
-    front, side, back = (smooth_profile(up, [-180, -60, 40], [a, b, 1]) for a, b in ((0.4, 0.7), (0.7, 0.9), (0.6, 0.9)))
+    shares = (0.4, 0.7), (0.7, 0.9), (0.6, 0.9)
+    front, side, back = (smooth_profile(up, [-180, -60, 40], [*share, 1]) for share in shares)
     return np.stack([body.fat_front*front, body.fat*side, body.fat_back*back], 1).clip(4)
 
 # %% ../nbs/02_phantom.ipynb #9d931d6b
@@ -1694,7 +1730,8 @@ def fitting_grid(
     low = (bed.table(z) - abs(bed.roll)*w.max()).min() - 10
     high = (ahead + front + abs(bed.roll)*0.6*w)[w > 1].max() + 10
     side, deep = max(np.abs(right[w > 1] + k*w[w > 1]).max() for k in (-1, 1)) + 10, (high - low)/2
-    return Grid(spacing, (max(2*side, 432.0), 2*deep, 600.0 + max(0.0, 0.8*(deep - 120)) + max(0.0, 0.6*(side - 200))), (0.0, (high + low)/2, 0.0))
+    tall = 600.0 + max(0.0, 0.8*(deep - 120)) + max(0.0, 0.6*(side - 200))  # oblique rays leave large bodies higher up
+    return Grid(spacing, (max(2*side, 432.0), 2*deep, tall), (0.0, (high + low)/2, 0.0))
 
 # %% ../nbs/02_phantom.ipynb #f5d79b5f
 @njit(cache=_CACHE, fastmath=True, error_model="numpy")
@@ -1716,7 +1753,8 @@ def layers(
                     tissue[i, j, k], labels[i, j, k] = -97.0, 0
                     continue
                 lean[i, j, k] += thinner[i, k] - 0.2*min(fat, 40.0)*septa[i, j, k]
-                share, plane = min(max(0.5 + lean[i, j, k]/h, 0.0), 1.0), abs(septa[i, j, k] + 0.25*middle[i, j, k]) < broad
+                share = min(max(0.5 + lean[i, j, k]/h, 0.0), 1.0)
+                plane = abs(septa[i, j, k] + 0.25*middle[i, j, k]) < broad
                 t = -97 + 7*middle[i, j, k]
                 t += share*((-55.0 if plane else 52.0) + 5*fine[i, j, k] - t)
                 tissue[i, j, k] = t + min(max(0.5 + (2 - d)/h, 0.0), 1.0)*(30 - t)*skin
@@ -1728,13 +1766,14 @@ def wall(
     body: Body,              # habitus
     bed: Bed,                # how it lies
     depth, lean,             # (X, Y, Z) mm below the skin and below the fat
-    noise,                   # three fields: septa, middle, fine; the zeros of the first are planes of fat between muscles
+    noise,                   # three fields: septa, middle, fine; zeros of the first are planes of fat between muscles
 ) -> np.ndarray:             # (X, Y, Z) HU of the soft tissue
     "Skin, fat and muscle."
     x, _, z = [a.ravel() for a in scene.grid.axes()]
-    inner = np.exp(-((x - bed.middle[0])/40)**2)[:, None]*np.clip((bed.middle[2] - 50 - z)/40, 0, 1)  # thinner between the thighs
+    inner = np.exp(-((x - bed.middle[0])/40)**2)[:, None]*np.clip((bed.middle[2] - 50 - z)/40, 0, 1)
+    thinner = (0.7*body.fat*inner).astype(np.float32)  # between the thighs
     tissue = np.empty(scene.grid.shape, np.float32)
-    layers(depth, lean, *noise, (0.7*body.fat*inner).astype(np.float32), body.fat, scene.grid.spacing, tissue, scene.labels)
+    layers(depth, lean, *noise, thinner, body.fat, scene.grid.spacing, tissue, scene.labels)
     return tissue
 
 # %% ../nbs/02_phantom.ipynb #b12de59e
@@ -1752,7 +1791,8 @@ class Cavity:
         c, front, z = pelvis.centre, pelvis.endplate[0, 1] - pelvis.centre[1], grid.axes()[2].ravel().astype(float)
         up, trunk, fat = z - c[2], trunk_ovals(body, bed, z)[0], fat_layers(body, z - c[2])
         half = np.interp(up, [-45, -10, 60, 110, 180, 400], [28, 52, 66, 104, 112, 116])
-        half = np.where(up > 60, np.clip(trunk[:, 0] - fat[:, 1] - 16, half, 1.3*half), half)  # above the pelvis as wide as the wall lets it
+        free = np.clip(trunk[:, 0] - fat[:, 1] - 16, half, 1.3*half)  # above the pelvis as wide as the wall lets it
+        half = np.where(up > 60, free, half)
         behind = np.interp(up, [-45, -10, 20, 60, 110, 180, 400], [-42, -58, -66, -48, front - 22, front - 10, front - 14])
         skin = trunk[:, 4] + trunk[:, 1] - c[1] - fat[:, 0] - 12   # the inside of the abdominal wall
         ahead = np.interp(up, [-45, 0, 80], [15, 35, 1000]).clip(max=np.maximum(skin, behind + 30))
@@ -1879,7 +1919,9 @@ def soft_layers(
     "The body as far as skin, fat and muscle make it; no bone sticks out of it."
     depth, lean = (np.empty(scene.grid.shape, np.float32) for _ in range(2))
     x, y, z = [a.ravel().astype(float) for a in scene.grid.axes()]
-    skin_depth(x, y, body_ovals(body, bed, z, skeleton), bed.table(z), fat_layers(body, z - bed.middle[2]), np.array([bed.middle[0], bed.roll]), depth, lean)
+    ovals, fat = body_ovals(body, bed, z, skeleton), fat_layers(body, z - bed.middle[2])
+    slope = np.array([bed.middle[0], bed.roll])
+    skin_depth(x, y, ovals, bed.table(z), fat, slope, depth, lean)
     for d, box in fields.values(): np.maximum(depth[box], 5 - d, out=depth[box], where=d < BAND - 1)
     return depth, lean, wall(scene, body, bed, depth, lean, noise)
 
@@ -1918,7 +1960,8 @@ def draw_bones(
 ):
     "Paint the skeleton, and the prosthesis over it."
     strong = g.normal(0, 1)   # from osteoporosis to the bones of an athlete
-    compact, spongy, cortex = g.normal(1110 + 30*strong, 60), 178*np.exp(0.3*strong + g.normal(0, 0.15)), np.clip(1 + 0.14*strong + g.normal(0, 0.08), 0.55, 1.5)
+    compact, spongy = g.normal(1110 + 30*strong, 60), 178*np.exp(0.3*strong + g.normal(0, 0.15))
+    cortex = np.clip(1 + 0.14*strong + g.normal(0, 0.08), 0.55, 1.5)
     for name, density in densities(skeleton, compact, spongy, cortex).items():
         if name in fields: draw_bone(scene, fields[name], name.split("/")[0], density)
     for p in skeleton.implants: draw_prosthesis(scene, skeleton, p)
@@ -1970,7 +2013,8 @@ def remaining(
     "What is drawn: a bone that is missing takes its pieces along, one of pelvis, femora and spine stays."
     whole = [b for b in (*BONES, *FEMORA, "vertebrae") if b in BONES or not pelvis_only]
     if g is not None:
-        gone = [b for b in whole if g.random() < (0.12 if b in BONES else 0.5) and not any(b.endswith(p.side) for p in skeleton.implants)]
+        kept = tuple(p.side for p in skeleton.implants)  # what an implant sits in
+        gone = [b for b in whole if g.random() < (0.12 if b in BONES else 0.5) and not b.endswith(kept)]
         whole = [b for b in whole if b not in gone] or whole
     return [name for name in skeleton.bones if name.split("/")[0] in whole]
 
@@ -2040,8 +2084,9 @@ def member(
     from_atlas = bones is not None and g.random() < atlas_share
     number, implant, broken, gone, cut = int(g.integers(2**31)), *(g.random(4) < [implants, fractures, lost, segmented])
     bare = not with_soft_tissue(number) if soft is None else not soft
-    how = dict(fractured=bool(broken or bare and g.random() < fractures), lost=bool(bare and gone), segmented=bool(bare and cut))
-    return replace(phantom(number, spacing, bool(implant), bones if from_atlas else None, soft=not bare, **how), name=name)
+    how = dict(soft=not bare, lost=bool(bare and gone), segmented=bool(bare and cut))
+    how["fractured"] = bool(broken or bare and g.random() < fractures)
+    return replace(phantom(number, spacing, bool(implant), bones if from_atlas else None, **how), name=name)
 
 # %% ../nbs/02_phantom.ipynb #ba8f418e
 def population(

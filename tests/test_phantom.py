@@ -1,4 +1,4 @@
-"What a notebook is no place for: the folders and files of bone atlases, right and wrong; every member of a population on its own; bodies by the dozen."
+"What a notebook is no place for: files of bone atlases, right and wrong; members on their own; bodies by the dozen."
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from radrotator.core import RadRotatorError, shared_data
-from radrotator.phantom import BONES, FEMORA, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom, population, skeleton
+from radrotator.phantom import (BONES, FEMORA, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom,
+                                population, skeleton)
 
 FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
 
@@ -100,7 +101,8 @@ def whole_pelves(path, patients=14):
     shuffled = np.random.default_rng(0).permutation(3*n)   # bones are told apart by what hangs together
     pelvis = vertices.reshape(patients, -1, 3)[:, np.argsort(shuffled)]
     rod = vertices[:, 0] - vertices[:, 0].mean(1, keepdims=True)
-    np.savez(path, pelvis=pelvis, femur_left=rod - [90, 0, 60], femur_right_mirrored=rod*[-1, 1, 1] + [90, 0, -60], faces_pelvis=shuffled[joined], faces_femur=faces["hip_left"])
+    femora = dict(femur_left=rod - [90, 0, 60], femur_right_mirrored=rod*[-1, 1, 1] + [90, 0, -60])
+    np.savez(path, pelvis=pelvis, **femora, faces_pelvis=shuffled[joined], faces_femur=faces["hip_left"])
     return vertices, faces
 
 
@@ -110,10 +112,11 @@ def test_whole_pelves_fall_into_bones(tmp_path):
     assert patients.min() >= 1000 and list(faces) == [*BONES, *FEMORA] and read.shape[:2] == (14, 5)
     for i, bone in enumerate(BONES):  # the same triangles, whatever the order of their vertices
         corner = lambda v, f: np.sort(v[:, f].mean(2).round(3), axis=1)
-        np.testing.assert_allclose(corner(read[:, i], faces[bone]), corner(vertices[:, i], balls([0])[1][bone]), atol=1e-2)
+        as_written = corner(vertices[:, i], balls([0])[1][bone])
+        np.testing.assert_allclose(corner(read[:, i], faces[bone]), as_written, atol=1e-2)
     outward = lambda v, f: np.einsum("ij,ij->", v[f[:, 0]], np.cross(v[f[:, 1]], v[f[:, 2]]))
-    centred = lambda v: v - v.mean(0)
-    assert outward(centred(read[0, 3]), faces["femur_left"])*outward(centred(read[0, 4]), faces["femur_right"]) > 0  # a mirror image is not inside out
+    left, right = (read[0, k] - read[0, k].mean(0) for k in (3, 4))
+    assert outward(left, faces["femur_left"])*outward(right, faces["femur_right"]) > 0  # not inside out
 
 
 @pytest.mark.parametrize("key", ["femur_right_mirrored", "faces_pelvis", "faces_femur"])
@@ -155,7 +158,8 @@ def test_a_body_is_whole_and_covers_its_bones(seed):
     bone = np.isin(ct.labels, [LABELS[b] for b in (*BONES, "vertebrae")])
     bone[:, :, [0, -1]] = False
     for axis in (0, 1):
-        for step in (-1, 1): assert (bone & np.roll(ct.labels == 0, step, axis)).sum() < 0.01*bone.sum()  # a voxel of tissue around bone
+        for step in (-1, 1):  # there is a voxel of tissue around bone
+            assert (bone & np.roll(ct.labels == 0, step, axis)).sum() < 0.01*bone.sum()
     assert 150 < np.ptp(np.nonzero(body.any((0, 2)))[0])*6 < 540
 
 
