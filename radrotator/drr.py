@@ -524,7 +524,7 @@ def relative_l2(
 # %% ../nbs/03_drr.ipynb #85d53b14
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _keep_layers(volume, shape, parts, x, dx, z, dz, width, kept):
-    "What `_sum_layers` adds up, kept apart: part after part, each of `width` numbers."
+    "What the kernel of whole rays adds up, kept apart: part after part, each of `width` numbers."
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     for part in range(parts):
         first = part*width
