@@ -141,25 +141,29 @@ class View(Comparison):
     def sharpness(self) -> float: return fine_energy(self.rotated)/max(fine_energy(self.truth), 1e-12)
     @property
     def gradient(self) -> float: return gradient_correlation(self.rotated, self.truth)
-    @property
-    def degrees(self) -> float: return max(map(abs, self.rotation))
 
 
 FIGURES = "skill", "inside", "psnr", "ssim", "ncc", "sharpness", "gradient", "ceiling", "tone_skill"  # of a `View`
 
-# %% ../nbs/12_evaluate.ipynb #b1e00000
+# %% ../nbs/12_evaluate.ipynb #69e59c3e
 @patch(as_prop=True)
 def pose(self: View) -> np.ndarray:
     "(3,) degrees: of the truth."
     return composed(self.start, self.rotation) if self.after else np.add(self.start, self.rotation)
 
-# %% ../nbs/12_evaluate.ipynb #b1e00001
+
 @patch(as_prop=True)
 def turn(self: View) -> np.ndarray:
     "(3, 3): what turns the patient from the input's pose to the truth's."
     return rotation(self.rotation) if self.after else turn_between(self.start, self.rotation)
 
-# %% ../nbs/12_evaluate.ipynb #b1e00002
+
+@patch(as_prop=True)
+def degrees(self: View) -> float:
+    "The largest component of V."
+    return max(map(abs, self.rotation))
+
+
 @patch(as_prop=True)
 def axis(self: View) -> str:
     "x, y or z, none, or about all: compound where the truth is R(P1 + V), composed where it is R(V)·R(P1)."
@@ -206,7 +210,8 @@ def true_views(
     inputs = exposed(own, carm, 2, offsets).numpy()
     scale = SCALE/inputs.max((1, 2), keepdims=True)
     truths, inputs = quiet(poses, carm, 2, offsets[which]).numpy()*scale[which], [*(inputs*scale).clip(0, 1)]
-    return [View(name, tuple(vector), inputs[i], inputs[i], truth, tuple(start), carm.fov, tuple(offsets[i]), bool(last))
+    offsets = [tuple(offset.tolist()) for offset in offsets]
+    return [View(name, tuple(vector), inputs[i], inputs[i], truth, tuple(start), carm.fov, offsets[i], bool(last))
             for vector, start, truth, i, last in zip(rotations.tolist(), starts.tolist(), truths, which, after)]
 
 # %% ../nbs/12_evaluate.ipynb #bc54f77a
@@ -226,8 +231,9 @@ def answered(
     "Ask a model for views, all of one input together."
     made = [*views]
     for mine in _by_input(views):
-        radiograph, vectors = Radiograph(views[mine[0]].input, linear=linear), np.array([views[i].rotation for i in mine])
-        for i, view in zip(mine, model.views(radiograph, vectors, **sampling)): made[i] = replace(views[i], rotated=view.pixels)
+        radiograph, vectors = Radiograph(views[mine[0]].input, linear=linear), [views[i].rotation for i in mine]
+        turned = model.views(radiograph, np.array(vectors), **sampling)
+        for i, view in zip(mine, turned): made[i] = replace(views[i], rotated=view.pixels)
     return made
 
 # %% ../nbs/12_evaluate.ipynb #5d81ab7e
@@ -236,12 +242,14 @@ def turned_views(
     ct: CT,              # of which the truth is rendered
     rotations,           # (N, 3) degrees, V
     name: str,           # of the patient, for tables
-    carm: CArm | None = None, # of the model's size; None: the widest field up to 300 mm in which no view shows where the CT ends
+    carm: CArm | None = None, # of the model's size; None: the widest up to 300 mm in which no view shows the CT's end
     starts=None,         # (N, 3) degrees, P1; None: frontal
     **sampling,          # as for `answered`
 ) -> list[View]:         # one for each rotation
     "Render inputs and true views, and rotate the inputs."
-    poses = np.concatenate([np.zeros((1, 3)) if starts is None else starts, (0 if starts is None else starts) + np.atleast_2d(rotations)])
+    rotations = np.atleast_2d(np.asarray(rotations, float))
+    starts = np.zeros_like(rotations) if starts is None else np.asarray(starts, float)
+    poses = np.concatenate([starts, starts + rotations])
     carm = carm or fit_fov(ct, CArm(size=model.size, fov=300.0), poses)
     return answered(model, true_views(ct, rotations, name, carm, starts), **sampling)
 
@@ -313,7 +321,7 @@ class TurningDRR:
         ct: CT, # small: it is rendered thousands of times
     ):
         affine = ct.affine.copy()
-        affine[:3, 3] -= ct.centre + affine[:3, :3].sum(1)  # a rim of one voxel of air: the volume's ends have a gradient
+        affine[:3, 3] -= ct.centre + affine[:3, :3].sum(1)  # a rim of a voxel of air: its ends have a gradient
         self.renderer, self.volume, self.affine = Renderer(ct), np.pad(attenuation(ct.hu), 1), affine
         self.fields = [Siddon(field, affine) for field in turning_field(self.volume, affine)]
 
@@ -330,26 +338,31 @@ class TurningDRR:
         "DRRs alone, with four rays to a pixel, because the edges of large voxels show."
         return self.renderer(poses, carm, 2, offset).numpy()
 
-    def turning(self, poses, carm, offset):
-        "(N, 3, size, size): ∫ (X − offset) × ∇μ dl."
-        through = lambda volumes, at: np.stack([volume(poses[at], carm, offset[at]) for volume in volumes], 1)
-        found, moved = through(self.fields, slice(None)), np.linalg.norm(offset, axis=1) > NEAR
-        if moved.any(): found[moved] -= np.cross(offset[moved][..., None, None], through(self.gradient, moved), axis=1)
-        return found
+    def __call__(self,
+        poses: np.ndarray, # (N, 3) degrees
+        carm: CArm,        # geometry
+        offset=None,       # (N, 3) RAS mm by which the isocentre is moved; None: not at all
+    ) -> np.ndarray:       # (N, 4, size, size): the DRR, and its derivatives about x, y and z, per degree
+        "DRRs and how they change with the pose."
+        offset = np.zeros_like(poses) if offset is None else np.asarray(offset, float)
+        before = rotation(poses[:, None]*np.tri(3, k=-1))  # R of the angles that turn the patient before x, y and z do
+        axes = np.radians(np.einsum("nkkc->nkc", before))  # row k is e_k as the turned patient has it
+        slopes = np.einsum("nkc,ncij->nkij", -axes, self.turning(poses, carm, offset))
+        return np.concatenate([self.views(poses, carm, offset)[:, None], slopes], axis=1)
 
-# %% ../nbs/12_evaluate.ipynb #b1e0ca11
+# %% ../nbs/12_evaluate.ipynb #e5871d94
 @patch
-def __call__(self: TurningDRR,
-    poses: np.ndarray, # (N, 3) degrees
-    carm: CArm,        # geometry
-    offset=None,       # (N, 3) RAS mm by which the isocentre is moved; None: not at all
-) -> np.ndarray:       # (N, 4, size, size): the DRR, and its derivatives about x, y and z, per degree
-    "DRRs and how they change with the pose."
-    offset = np.zeros_like(poses) if offset is None else np.asarray(offset, float)
-    before = rotation(poses[:, None]*np.tri(3, k=-1))  # R of the angles that turn the patient before x, y and z do
-    axes = np.radians(np.einsum("nkkc->nkc", before))  # row k is e_k as the turned patient has it
-    slopes = np.einsum("nkc,ncij->nkij", -axes, self.turning(poses, carm, offset))
-    return np.concatenate([self.views(poses, carm, offset)[:, None], slopes], axis=1)
+def turning(
+    self: TurningDRR,
+    poses: np.ndarray,   # (N, 3) degrees
+    carm: CArm,          # geometry
+    offset: np.ndarray,  # (N, 3) RAS mm by which the isocentre is moved
+) -> np.ndarray:         # (N, 3, size, size): ∫ (X − offset) × ∇μ dl
+    "Integrate what turns, about each patient's own point."
+    through = lambda volumes, at: np.stack([volume(poses[at], carm, offset[at]) for volume in volumes], 1)
+    found, moved = through(self.fields, slice(None)), np.linalg.norm(offset, axis=1) > NEAR
+    if moved.any(): found[moved] -= np.cross(offset[moved][..., None, None], through(self.gradient, moved), axis=1)
+    return found
 
 # %% ../nbs/12_evaluate.ipynb #9b373eed
 WINDOW = 13/96  # of a picture's side
@@ -552,7 +565,7 @@ def without_table(
     largest = np.bincount(parts.ravel())[1:].argmax() + 1
     kept = ndimage.binary_dilation(parts == largest, iterations=steps + 1)
     if (body & ~kept).sum() > 0.2*body.sum(): return ct  # so much is no table
-    for k in range(ct.shape[2]): kept[:, :, k] = ndimage.binary_fill_holes(kept[:, :, k])  # gas in the bowel is the patient's
+    for k in range(ct.shape[2]): kept[:, :, k] = ndimage.binary_fill_holes(kept[:, :, k])  # gas in the bowel stays
     return replace(ct, hu=np.where(kept, ct.hu, np.float32(-1000)))
 
 # %% ../nbs/12_evaluate.ipynb #aa52b7b3
@@ -579,8 +592,8 @@ def ct_patients(
         places = read_folds(table)
         files = {name: path for name, path in files.items() if places.get(name, ("", 0))[1] == TEST}
         if not files:
-            raise RadRotatorError(f"{table} puts no CT into fold {TEST}, which is kept for the judge; give a folder with "
-                                  "such CTs, or one without a table")
+            raise RadRotatorError(f"{table} puts no CT into fold {TEST}, which is kept for the judge; give a folder "
+                                  "with such CTs, or one without a table")
     return [Patient(_group_of(path), f"CT {i}", partial(whole_ct, path)) for i, path in enumerate(files.values(), 1)]
 
 # %% ../nbs/12_evaluate.ipynb #18bbc990
@@ -609,7 +622,8 @@ def with_angles(
 ) -> list[dict]:                # for each view: error, degrees (NaN where the fit is not to be trusted), and the fit's score
     "How far, in degrees, each view is from the pose that was asked for."
     distinct = {view.rotated.tobytes(): view for view in views}  # one answer may be judged against two truths
-    found = registrar(np.stack([view.rotated for view in distinct.values()]), [view.offset for view in distinct.values()])
+    pictures, offsets = zip(*[(view.rotated, view.offset) for view in distinct.values()])
+    found = registrar(np.stack(pictures), offsets)
     place = [[*distinct].index(view.rotated.tobytes()) for view in views]
     errors, scores = rotation_error(found.poses[place], [view.pose for view in views]), found.score[place]
     return [dict(error=float(error) if score >= JUDGED else float("nan"), score=float(score))
@@ -711,7 +725,8 @@ def fine_rows(
     small = resize(views[0].input, (carm.size, carm.size))
     enlarge = lambda view: replace(view, rotated=resize(view.rotated, view.truth.shape))
     coarse = answered(model, [replace(view, input=small) for view in views], **ways["model"])
-    made[f"answer at {carm.size}², enlarged"] = [replace(enlarge(one), input=view.input) for one, view in zip(coarse, views)]
+    enlarged = [replace(enlarge(one), input=view.input) for one, view in zip(coarse, views)]
+    made[f"answer at {carm.size}², enlarged"] = enlarged
     return [row_of(view, method) for method, mine in (made | {"no-op": views}).items() for view in mine]
 
 # %% ../nbs/12_evaluate.ipynb #855b2d41
@@ -732,9 +747,10 @@ def sweep_figures(
     found = np.where(registered.score >= JUDGED, registered.poses[:, AXES.index(axis)], np.nan)
     change = lambda frames, order: np.abs(np.diff(np.stack(frames), order, axis=0)).mean()
     ratio = lambda order: float(change([v.rotated for v in views], order)/change([v.truth for v in views], order))
-    rank = float(stats.spearmanr(angles, found, nan_policy="omit")[0]) if np.nanstd(found) > 0 else 0.0
-    return dict(patient=name, axis=axis, angles=angles.tolist(), found=found.tolist(), rank=rank, change=ratio(1), flicker=ratio(2),
-                strip=[views[i] for i in np.unique(np.linspace(0, len(views) - 1, 7).round().astype(int))])
+    known = ~np.isnan(found)
+    rank = float(stats.spearmanr(angles[known], found[known])[0]) if len(np.unique(found[known])) > 1 else 0.0
+    return dict(patient=name, axis=axis, angles=angles.tolist(), found=found.tolist(), rank=rank, change=ratio(1),
+                flicker=ratio(2), strip=[views[i] for i in np.unique(np.linspace(0, len(views) - 1, 7).round().astype(int))])
 
 # %% ../nbs/12_evaluate.ipynb #8e2bb886
 def way_back(
@@ -858,7 +874,8 @@ def depth_rivals(
 ) -> dict:               # name → views
     "What perfect knowledge of depth makes of the same cases and, for weights that lift, what no network does."
     if not getattr(model, "lifts", False): return {ORACLE: oracle_views(ct, views, carm)}
-    return {ORACLE: oracle_views(ct, views, carm, model.network.config.slabs), POPULATION: population_views(model.network, views)}
+    return {ORACLE: oracle_views(ct, views, carm, model.network.config.slabs),
+            POPULATION: population_views(model.network, views)}
 
 # %% ../nbs/12_evaluate.ipynb #e14f2db4
 def _mean_depth(parts, depths):
@@ -874,8 +891,8 @@ def depth_errors(
     model,        # `RadRotator` that lifts
     ct: CT,       # the patient
     carm: CArm,   # geometry
-) -> dict:        # mm: field of view; mean absolute error of the depth of tissue and of detail, weighted by what lies there; spread of the truth
-    "How well a frontal input's depth is known."
+) -> dict:        # mm: field of view; mean absolute error of the depth of tissue and of detail; spread of the truth
+    "How well a frontal input's depth is known, weighted by what lies there."
     pose, K = np.zeros((1, 3)), model.network.config.slabs
     planes, depths, whole = slab_planes(carm, K), slab_depths(carm, K), Renderer(ct)
     offset = whole.recentred(pose, carm)
@@ -883,12 +900,13 @@ def depth_errors(
     picture, dense = slabs.sum(0), bone.sum(0)
     lifted, _ = model.lift(Radiograph((picture*SCALE/picture.max()).numpy(), linear=True))
     tissue, detail = _mean_depth(slabs, depths), _mean_depth(bone, depths)
-    true_mm = carm.fov/lifted.fov                        # the weights take every picture to be as wide as those they know
+    true_mm = carm.fov/lifted.fov  # the weights take every picture to be as wide as those that they know
     said = _mean_depth(_middle(lifted.soft[0].cpu(), carm.size), lifted.depths.cpu()*true_mm)
-    middle = lambda depth, weight: (depth*weight).sum()/weight.sum().clamp(min=1e-6)
-    return {"field": carm.fov, "tissue, error": _over(said - tissue, picture), "tissue, spread of the truth": _over(tissue - middle(tissue, picture), picture),
+    spread = lambda depth, weight: _over(depth - (depth*weight).sum()/weight.sum().clamp(min=1e-6), weight)
+    return {"field": carm.fov,
+            "tissue, error": _over(said - tissue, picture), "tissue, spread of the truth": spread(tissue, picture),
             "detail, error": _over(lifted.detail_depth.cpu()*true_mm - detail, dense),
-            "detail, spread of the truth": _over(detail - middle(detail, dense), dense)}
+            "detail, spread of the truth": spread(detail, dense)}
 
 # %% ../nbs/12_evaluate.ipynb #dea6aca8
 def cases_of(
@@ -910,10 +928,11 @@ def field_of(
     ct: CT,            # the patient
     asked: Questions,  # which rotations
     size: int,         # pixels of a picture
-) -> CArm:             # with the widest field, up to the one asked for, in which no pure rotation shows where the CT ends
+) -> CArm:             # with the widest field, up to the one asked for, in which no pure rotation shows the CT's end
     "Choose the field of view of a patient. Compound rotations that would show the CT's end in it are left out."
     sweep = [[0, 0, LIMIT], [0, 0, -LIMIT]] if asked.frames else np.zeros((0, 3))
-    return fit_fov(ct, CArm(size=size, fov=asked.fov), np.concatenate([np.zeros((1, 3)), pure_turns(asked.angles), sweep]))
+    poses = np.concatenate([np.zeros((1, 3)), pure_turns(asked.angles), sweep])
+    return fit_fov(ct, CArm(size=size, fov=asked.fov), poses)
 
 # %% ../nbs/12_evaluate.ipynb #33ba5edb
 def judge_patient(
@@ -932,15 +951,16 @@ def judge_patient(
     cases = cases_of(ct, name, asked, carm)
     views = {way: answered(model, cases, **how) for way, how in ways.items()}
     frontal = [view for view in views["model"] if not any(view.start) and max(view.rotation) == max(asked.angles)]
-    beyond = sorted((view for view in views["model"] if view.degrees > 5 and not view.after), key=lambda view: view.skill)
+    far = [view for view in views["model"] if view.degrees > 5 and not view.after]
     unfitted = dict(error=float("nan"), score=float("nan"))
-    depth = [row_of(view, method, **unfitted) for method, made in depth_rivals(model, ct, cases, carm).items() for view in made]
+    known = depth_rivals(model, ct, cases, carm)
+    depth = [row_of(view, method, **unfitted) for method, made in known.items() for view in made]
     return Judgement(patient.group, name, rows_of(views, registrar) + depth,
         style_rows(model, ct, name, asked, carm, registrar, **ways["model"]) if asked.style else [],
         way_back(model, frontal, **ways["model"]),
         sweep_figures(model, ct, name, asked, carm, registrar, **ways["model"]) if asked.frames else None,
         [spread_over_seeds(model, view, asked.seeds, many, **ways[many]) for view in frontal] if asked.seeds and many else [],
-        frontal, beyond[:SHOWN], depth_errors(model, ct, carm) if lifts else {},
+        frontal, sorted(far, key=lambda view: view.skill)[:SHOWN], depth_errors(model, ct, carm) if lifts else {},
         fine_rows(model, ct, name, asked, carm, ways) if asked.fine else [])
 
 # %% ../nbs/12_evaluate.ipynb #a577f9bf
@@ -996,7 +1016,8 @@ def summary(
         values = lambda key: [np.array([row[key] for row in mine], float) for mine in patients.values()]
         means = {key: [_mean(v) for v in values(key)] for key in FIGURES}
         line = dict(zip(by, cell)) | dict(patients=len(patients)) | {key: _mean(mean) for key, mean in means.items()}
-        for key in ("skill", "inside"): line |= dict(zip((f"{key}_low", f"{key}_high"), interval([[mean] for mean in means[key]])))
+        for key in ("skill", "inside"):
+            line |= dict(zip((f"{key}_low", f"{key}_high"), interval([[mean] for mean in means[key]])))
         line["skill_worst"] = float(min(means["skill"]))
         found.append(line | (error_figures(values("error")) if "error" in rows[0] else {}))
     return found
@@ -1041,7 +1062,8 @@ def headline(
     for cell in product(("none", *AXES, "compound", "composed"), BINS):
         if (line := of.get((method, *cell))) is None: continue
         affine, truth, nothing = (of[rival, *cell] for rival in (AFFINE, "true view", "no-op"))
-        beside = {f"inside, {name}": said(of[name, *cell], "inside", bare=True) for name in rivals if (name, *cell) in of}
+        beside = [name for name in rivals if (name, *cell) in of]
+        beside = {f"inside, {name}": said(of[name, *cell], "inside", bare=True) for name in beside}
         found.append({"axis": cell[0], "degrees": cell[1], "skill": said(line, "skill"), "inside": said(line, "inside"),
                       "worst patient": said(line, "skill_worst")} | beside
             | {"affine oracle": said(affine, "skill", bare=True), "angle error": said(line, "error", 1, "°"),
@@ -1058,8 +1080,10 @@ def fine_table(
     "Skill and sharpness on a larger picture: of the model, and of its rivals."
     of = {(line["method"], line["axis"], line["bin"]): line for line in summary(rows)}
     methods = [name for name in dict.fromkeys(method for method, *_ in of) if name != "no-op"]
-    figures = lambda cell: {f"{figure}, {name}": of[name, *cell][figure] for figure in ("skill", "inside", "sharpness") for name in methods}
-    return [{"axis": axis, "degrees": bin} | figures((axis, bin)) for axis, bin in product(AXES, BINS) if ("model", axis, bin) in of]
+    asked = [*product(("skill", "inside", "sharpness"), methods)]
+    figures = lambda cell: {f"{figure}, {name}": of[name, *cell][figure] for figure, name in asked}
+    cells = [cell for cell in product(AXES, BINS) if ("model", *cell) in of]
+    return [dict(zip(("axis", "degrees"), cell)) | figures(cell) for cell in cells]
 
 # %% ../nbs/12_evaluate.ipynb #068bdbc5
 def by_group(
@@ -1093,15 +1117,19 @@ def skill_figure(
     for column, axis in zip(axes.T, AXES):
         for ax, (key, label, limits) in zip(column, panels):
             for i, method in enumerate([*methods, "no-op", "true view"]):
-                mine = [line for line in lines if (line["method"], line["axis"]) == (method, axis) and not np.isnan(line.get(key, np.nan))]
+                mine = [line for line in lines if (line["method"], line["axis"]) == (method, axis)]
+                mine = [line for line in mine if not np.isnan(line.get(key, np.nan))]
                 mine = sorted(mine, key=lambda line: line["degrees"])
-                if not mine or (method, key) in (("true view", "inside"), ("true view", "sharpness"), ("no-op", "sharpness")): continue
+                trivial = ("true view", "inside"), ("true view", "sharpness"), ("no-op", "sharpness")
+                if not mine or (method, key) in trivial: continue
                 style = dict(color=f"C{i}", marker=".")
-                if method in ("no-op", "true view"): style = dict(color="0.5", ls="--" if method == "no-op" else ":", marker=".", ms=3)
+                if method in ("no-op", "true view"):
+                    style = dict(color="0.5", ls="--" if method == "no-op" else ":", marker=".", ms=3)
                 x, y = ([line[k] for line in mine] for k in ("degrees", key))
                 ax.plot(x, y, lw=1.2, label={"true view": "true view (floor)"}.get(method, method), **style)
                 if method == "model" and f"{key}_low" in mine[0]:
-                    ax.fill_between(x, *([line[f"{key}_{end}"] for line in mine] for end in ("low", "high")), alpha=0.15, lw=0)
+                    band = ([line[f"{key}_{end}"] for line in mine] for end in ("low", "high"))
+                    ax.fill_between(x, *band, alpha=0.15, lw=0)
             if key == "sharpness": ax.axhline(1, lw=0.5, color="k"); ax.set_yscale("log")
             ax.set(ylim=limits, xlim=(0, LIMIT + 0.5)); ax.grid(alpha=0.3)
         column[0].set_title(f"about {axis}", fontsize=9); column[-1].set_xlabel("angle asked for (degrees)")
@@ -1207,8 +1235,8 @@ def glance(
     for group, lines in summaries.items():
         of = {(line["method"], line["axis"], line["bin"]): line for line in lines}
         boxes = lambda axis: "".join(box(of.get(("model", axis, bin)), of.get(("no-op", axis, bin))) for bin in names)
-        rows += [f"<tr><td>{html.escape(group)} ({lines[0]['patients']})</td><td>{axis}</td>{boxes(axis)}</tr>" for axis in (*AXES, "compound", "composed")
-             if any(("model", axis, bin) in of for bin in names)]
+        asked = [axis for axis in (*AXES, "compound", "composed") if any(("model", axis, bin) in of for bin in names)]
+        rows += [f"<tr><td>{html.escape(group)} ({lines[0]['patients']})</td><td>{axis}</td>{boxes(axis)}</tr>" for axis in asked]
     return "<div style='overflow-x:auto'><table><tr><th>patients</th><th>axis</th>" + "".join(f"<th>{bin}°</th>" for bin in names) + "</tr>" + "".join(rows) + "</table></div>"
 
 # %% ../nbs/12_evaluate.ipynb #37c4b85e
@@ -1217,15 +1245,15 @@ def learnt_said(
 ) -> str:               # a sentence for x and z, at the largest angles; empty for models that do not lift
     "How much of what depth is worth the network has learnt."
     of, parts = {(line["method"], line["axis"], line["bin"]): line["inside"] for line in lines}, []
+    of_all = lambda value: f"{abs(value):.0%} " + ("less" if value >= 0 else "more")
     for axis in "xz":
-        found = [(of[name, axis, bin] for name in (POPULATION, "model", "mean", ORACLE)) for bin in BINS if (POPULATION, axis, bin) in of
-                 and ("mean", axis, bin) in of and bin != "0"]
-        if not found: continue
+        found = [[of.get((name, axis, bin), np.nan) for name in (POPULATION, "model", "mean", ORACLE)] for bin in BINS]
+        if not (found := [values for values in found if np.isfinite(values).all()]): continue
         floor, sharp, mean, top = found[-1]
-        of_all = lambda value: f"{abs(value):.0%} " + ("less" if value >= 0 else "more")
-        parts.append(f"About {axis} and inside, the same depths for everybody leave {of_all(floor)} error than doing nothing, perfect depths "
-                     f"{of_all(top)}, the network {of_all(sharp)}, and {of_all(mean)} as a blurred mean" +
-                     (f": {np.clip((mean - floor)/(top - floor), 0, 1):.0%} of what there was to learn." if top - floor > 0.05 else "."))
+        learnt = f": {np.clip((mean - floor)/(top - floor), 0, 1):.0%} of what there was to learn." if top - floor > 0.05 else "."
+        parts.append(f"About {axis} and inside, the same depths for everybody leave {of_all(floor)} error than doing "
+                     f"nothing, perfect depths {of_all(top)}, the network {of_all(sharp)}, and {of_all(mean)} as a "
+                     f"blurred mean" + learnt)
     return " ".join(parts)
 
 # %% ../nbs/12_evaluate.ipynb #389c8a77
@@ -1243,8 +1271,8 @@ def depth_said(
     mean = lambda key: np.mean([line[key] for line in table])
     def part(what):
         error, spread = mean(f"{what}, error"), mean(f"{what}, spread of the truth")
-        verdict = "largely known" if error < spread/3 else "partly known" if error < 0.8*spread else "not known: one depth for all would be as good"
-        return f"the depth of {what} is {verdict} ({error:.0f} mm off, where the truth spreads by {spread:.0f} mm)"
+        verdict = "largely known" if error < spread/3 else "partly known" if error < 0.8*spread else "not known"
+        return f"the depth of {what} is {verdict} ({error:.0f} mm off; one depth for all would be {spread:.0f} mm off)"
     return f"Here {part('tissue')}, and {part('detail')}."
 
 # %% ../nbs/12_evaluate.ipynb #869957f2
@@ -1255,7 +1283,8 @@ def group_parts(
 ) -> list[str]:               # HTML
     "What the page says of a group."
     rows, parts = all_rows(found), [f"<h2>{html.escape(group)}</h2>"]
-    parts += [drawn(skill_figure(rows), "Skill inside, angle error and sharpness over the angle asked for; bands are 95 % intervals over patients."),
+    parts += [drawn(skill_figure(rows), "Skill inside, angle error and sharpness over the angle asked for; bands are 95 % "
+                                        "intervals over patients."),
               f"<p>{html.escape(learnt_said(lines))}</p>", rows_tag(headline(lines))]
     parts += [drawn(view_sheet(found[0].shown), f"{found[0].name}: the largest rotation about each axis.")]
     count = sum(row["method"] == "model" and row["degrees"] > 5 for row in rows)
@@ -1265,7 +1294,8 @@ def group_parts(
     if sweeps := [one.sweep for one in found if one.sweep]:
         parts += ["<h3>A sweep</h3>", drawn(sweep_figure(sweeps[0]), f"Frames of a sweep about {sweeps[0]['axis']}, over the true ones."), drawn(angles_figure(sweeps), "The angle found in each frame that could be registered."),
                   rows_tag([{"patient": sweep["patient"], "angle follows (rank)": sweep["rank"], "change per frame / true": sweep["change"], "jitter / true": sweep["flicker"]} for sweep in sweeps])]
-    if depth := depth_table(found): parts += [f"<h3>Depth (mm)</h3><p>{html.escape(depth_said(depth))}</p>", rows_tag(depth, 1)]
+    if depth := depth_table(found):
+        parts += [f"<h3>Depth (mm)</h3><p>{html.escape(depth_said(depth))}</p>", rows_tag(depth, 1)]
     if fine := all_rows(found, "fine"): parts += ["<h3>On a larger picture</h3>", rows_tag(fine_table(fine))]
     if back := all_rows(found, "back"): parts += ["<h3>There and back</h3>", rows_tag(back_table(back, lines))]
     if spreads := all_rows(found, "spreads"): parts += ["<h3>Where it guesses</h3>", drawn(spread_figure(found[0].spreads), f"{found[0].name}: spread over seeds ({found[0].spreads[0].method}), and error of the mean view."), rows_tag([one.figures() for one in spreads], digits=3)]
@@ -1282,35 +1312,71 @@ def back_table(
     return [{"axis": axis, "PSNR of the way back (doing nothing: infinite)": mean("psnr", axis), "SSIM": mean("ssim", axis), "angle error on the way there": there(axis)} for axis in AXES]
 
 # %% ../nbs/12_evaluate.ipynb #41801605
-CENTRE = "the point that the input determines: the middle of the picture, and in depth where the attenuation that it shows balances"
+CENTRE = ("the point that the input determines: the middle of the picture, and in depth where the attenuation that it "
+          "shows balances")
+
+# %% ../nbs/12_evaluate.ipynb #639c64c4
 GLOSSARY = {
-    "x, y, z": "the tilt; a plain turn of the picture; the obliques",
-    "compound, composed": "about all three axes, from a pose P1 that is not frontal. One answer, two truths: compound is the paper's, R(P1 + V); "
-        "composed turns the patient as shown by V, R(V)·R(P1), which is all that a picture without its pose can ask for",
-    "centre": f"every patient turns about {CENTRE}. A CT's own isocentre is the middle of whatever was scanned, which no picture shows",
-    "skill": "1 − squared error / squared error of the input as it is (no-op): 1 is perfect, 0 no better than doing nothing, below 0 worse",
-    "inside": "the same, only of pixels whose content the input showed. What comes in at the border can only be guessed",
-    "inside, mean": "the same weights, with every bit of detail at all depths where it may lie: the least squared error, and a blur. "
-        "The model itself puts detail at its mean depth, and is sharp",
-    f"inside, {ORACLE}": "the CT, cut into slabs where the network cuts, turned in the same way: what perfect knowledge of depth would give. The "
-        "ceiling; it is low where the body is deeper than all slabs together, 1.2 times the field",
-    f"inside, {POPULATION}": "the mean depths of the training patients, the same for everybody. The floor: what the network adds lies above",
-    "affine oracle": "skill of the best shift, turn, stretch and shear of the input, fitted to the true view: what can be had without any depth",
-    "angle error": "between the pose of the truth and the one found by registering the view to its CT, about the same centre; median, in brackets its "
-        "95 % interval over patients. Floor: the same for true views. No-op error: for the input as it is",
-    "not judged": f"views that fit the CT nowhere (similarity below {JUDGED}); beyond one half, no angle is given",
-    "depth": "in mm along the rays, of a frontal picture: how far from where things lie in the mean the weights say that they lie, beside how much the truth "
-        "spreads. Tissue: all that attenuates. Detail: what is carried at a depth of its own, where bone and metal are",
-    "sharpness": "fine detail (energy above half of the Nyquist frequency) relative to the true view's: 1 is right, below is blurred, above is noise. "
-        "Gradients: correlation of the edges",
-    "on a larger picture": "the same about x and z, asked of a picture with more pixels than the network sees and judged there. Enlarged: the small answer",
-    "NCC, SSIM, PSNR": "correlation, structural similarity, and signal-to-noise ratio in decibels with the true view, all on the input's scale",
-    PLAIN: "the model is told that grey values are line integrals. In all other tones it has to find that out; " + UNKNOWN + ": the same picture, not told",
-    "a sweep": "angle follows: rank correlation of the angle asked for and found. Change per frame, and jitter (change of the change), relative to the "
-        "true sweep's: 1 is right",
-    "real CT": "by whether half of all that is not air is fat or muscle: soft tissue, or bone only (bones that were cut out). Of a body only the largest thing "
-        "above −300 HU is kept after an opening of 4 mm: a table in view is masked, because it does not turn with the patient",
-    "spread": "standard deviation over noises: where another noise gives another picture, the model guesses"}
+    "x, y, z": (
+        "the tilt; a plain turn of the picture; the obliques"),
+    "compound, composed": (
+        "about all three axes, from a pose P1 that is not frontal. One answer, two truths: compound is the paper's, "
+        "R(P1 + V); composed turns the patient as shown by V, R(V)·R(P1), which is all that a picture without its "
+        "pose can ask for"),
+    "centre": (
+        f"every patient turns about {CENTRE}. A CT's own isocentre is the middle of whatever was scanned, which no "
+        "picture shows"),
+    "skill": (
+        "1 − squared error / squared error of the input as it is (no-op): 1 is perfect, 0 no better than doing "
+        "nothing, below 0 worse"),
+    "inside": (
+        "the same, only of pixels whose content the input showed. What comes in at the border can only be guessed"),
+    "inside, mean": (
+        "the same weights, with every bit of detail at all depths where it may lie: the least squared error, and a "
+        "blur. The model itself puts detail at its mean depth, and is sharp"),
+    f"inside, {ORACLE}": (
+        "the CT, cut into slabs where the network cuts, turned in the same way: what perfect knowledge of depth would"
+        " give. The ceiling; it is low where the body is deeper than all slabs together, 1.2 times the field"),
+    f"inside, {POPULATION}": (
+        "the mean depths of the training patients, the same for everybody. The floor: what the network adds lies "
+        "above"),
+    "affine oracle": (
+        "skill of the best shift, turn, stretch and shear of the input, fitted to the true view: what can be had "
+        "without any depth")}
+
+# %% ../nbs/12_evaluate.ipynb #eadd1bcf
+GLOSSARY |= {
+    "angle error": (
+        "between the pose of the truth and the one found by registering the view to its CT, about the same centre; "
+        "median, in brackets its 95 % interval over patients. Floor: the same for true views. No-op error: for the "
+        "input as it is"),
+    "not judged": (
+        f"views that fit the CT nowhere (similarity below {JUDGED}); beyond one half, no angle is given"),
+    "depth": (
+        "in mm along the rays, of a frontal picture: how far from where things lie in the mean the weights say that "
+        "they lie, beside how much the truth spreads. Tissue: all that attenuates. Detail: what is carried at a depth"
+        " of its own, where bone and metal are"),
+    "sharpness": (
+        "fine detail (energy above half of the Nyquist frequency) relative to the true view's: 1 is right, below is "
+        "blurred, above is noise. Gradients: correlation of the edges"),
+    "on a larger picture": (
+        "the same about x and z, asked of a picture with more pixels than the network sees and judged there. "
+        "Enlarged: the small answer"),
+    "NCC, SSIM, PSNR": (
+        "correlation, structural similarity, and signal-to-noise ratio in decibels with the true view, all on the "
+        "input's scale"),
+    PLAIN: (
+        "the model is told that grey values are line integrals. In all other tones it has to find that out; "
+        f"{UNKNOWN}: the same picture, not told"),
+    "a sweep": (
+        "angle follows: rank correlation of the angle asked for and found. Change per frame, and jitter (change of "
+        "the change), relative to the true sweep's: 1 is right"),
+    "real CT": (
+        "by whether half of all that is not air is fat or muscle: soft tissue, or bone only (bones that were cut "
+        "out). Of a body only the largest thing above −300 HU is kept after an opening of 4 mm: a table in view is "
+        "masked, because it does not turn with the patient"),
+    "spread": (
+        "standard deviation over noises: where another noise gives another picture, the model guesses")}
 
 # %% ../nbs/12_evaluate.ipynb #9b642cfa
 def judge_page(
@@ -1320,8 +1386,8 @@ def judge_page(
 ) -> str:                    # an HTML document
     "The report as one page."
     groups = by_group(found)
-    words = ("<p>Rotated views beside the true ones, which are known because they are rendered from CT. Green: good. Yellow: better "
-             f"than the input. Red: one may as well keep the input.</p><p>Every patient turns about {CENTRE}.</p>")
+    words = ("<p>Rotated views beside the true ones, which are known because they are rendered from CT. Green: good. "
+             f"Yellow: better than the input. Red: one may as well keep the input.</p><p>Every patient turns about {CENTRE}.</p>")
     left = f"<p>Not judged, because the model could not be asked: {html.escape('; '.join(about['left_out']))}.</p>" if about.get("left_out") else ""
     terms = "<h3>What the words mean</h3><table>" + table_tag(GLOSSARY) + "</table>"
     each = [part for group, mine in groups.items() for part in group_parts(group, mine, summaries[group])]
