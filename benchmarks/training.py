@@ -3,18 +3,19 @@
     pip install --no-deps mediffusion bkh_pytorch_utils
     python benchmarks/training.py                            # about six minutes on two idle cores
     python benchmarks/training.py --parts presets cuda       # without Mediffusion
+    python benchmarks/training.py --parts presets --presets tiny paper-tiny    # what lifts beside what draws views
     python benchmarks/training.py --parts cuda --rehearse    # the way through the CUDA part, on the CPU and at a toy size
 
 Beside Mediffusion: the `paper` preset (or another) in fp32 on the CPU. Theirs is what `DiffusionModule.training_step` and the `Trainer` of that package do with a batch: its UNetModel, its losses at steps from its UniformSampler, the Lion of bkh_pytorch_utils with the two groups
 of its weight decay, gradients clipped to 1 as Lightning does it, and its average of the weights, copied to the CPU at every step (where all of it is on the CPU, the copy costs nothing). Lightning's own loop and logging are left out. Ours is `Trainer.train_step`, transforms included.
 Each side lives in a process of its own, has the same weights and the same batch, and takes a step when it is told to: rounds alternate, and medians are compared, of seconds on the clock and of seconds of processor time, which say more where other programs run beside.
 
-Presets: `Trainer.train_step` and the feed that renders pairs while training, from phantoms in memory. "share of peak" is three times a forward's operations over what a large product of matrices reaches in the same precision and the same run; recomputed activations do not count as work.
+Presets: `Trainer.train_step` and the feed that renders slabs or pairs while training, from phantoms in memory. A preset that lifts learns from patients, and judges each answer by some turns: both are counted. "share of peak" is three times a forward's operations over what a large product of matrices reaches in the same precision and the same run; recomputed activations do not count as work.
 """
 import argparse, importlib.util, multiprocessing, os, statistics, tempfile, time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits is not to count as one that works
@@ -23,11 +24,14 @@ import torch
 from radrotator.core import markdown_table
 from radrotator.pairs import TRAIN, Batch, PhantomPlan, phantom_jobs
 from radrotator.train import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
+from radrotator.lift import Lift, LiftConfig
 from radrotator.unet import UNetConfig, count_operations
+from torch.utils.flop_counter import FlopCounterMode
 from sampling import drawn, given, mediffusion
 
 PARTS = "transforms", "forward", "backward", "optimizer", "ema"
-BATCHES = {"cpu": dict(tiny=32, small=8, paper=1), "cuda": dict(tiny=256, small=256, paper=64)}  # pairs a step
+BATCHES = {"cpu": {"tiny": 32, "small": 8, "paper-tiny": 32, "paper": 1}, "cuda": {"tiny": 256, "small": 128, "paper-tiny": 256, "paper": 64}}  # pairs, or patients, a step
+TOY_LIFT = LiftConfig(size=32, canvas=48, slabs=8, channels=16, multipliers=(1, 2), tones=16)
 TOY = UNetConfig(size=32, channels=32, multipliers=(1, 2), blocks=1, attention=(2,), heads=2, conditions=3, learned_variance=False)
 
 
@@ -48,8 +52,16 @@ class Clock:
 def trainer_of(config, data=None, machine=Machine(), device="cpu"):
     "A trainer in which no layer is zero"
     trainer = Trainer(tempfile.mkdtemp(), config, data, None, machine, join(device))
-    trainer.network.load_state_dict(drawn(config.unet).state_dict())
+    if not config.lift: trainer.network.load_state_dict(drawn(config.unet).state_dict())
     return trainer
+
+
+def operations_of(shape):
+    "Of a forward pass: multiplications and additions"
+    if not isinstance(shape, LiftConfig): return count_operations(shape)
+    with torch.device("meta"): network, picture = Lift(shape), torch.ones(1, 1, shape.size, shape.size)
+    with FlopCounterMode(display=False) as counter: network(picture, torch.ones_like(picture))
+    return counter.get_total_flops()
 
 
 def same_batch(config, batch):
@@ -154,15 +166,16 @@ def peak_of(device, precision, rounds=5):
 
 
 def feed_of(config, device):
-    "Pairs of two phantoms in memory, rendered when they are asked for"
-    plan = PhantomPlan(count=2, size=config.unet.size, drrs=511)
+    "Pairs or slabs of two phantoms in memory, rendered when they are asked for"
+    plan = PhantomPlan(count=2, size=config.shape.size, drrs=511)
     return from_jobs([job for job in phantom_jobs(plan) if job.fold in TRAIN], plan, config, device=device)[0]
 
 
 def measured(trainer, steps):
     "Pairs a second, data included, and the share of each part of a step, taken in as many steps more"
-    batches, clock, silent = iter(trainer.batches()), Clock(trainer.device), trainer.clock
-    trainer.train_step(next(batches)); trainer.train_step(next(batches))               # warm up, compile
+    batches, clock, silent, echo = iter(trainer.batches()), Clock(trainer.device), trainer.clock, trainer.data.plan.echo
+    if trainer.config.lift: steps = -(-steps//echo)*echo                               # so many steps in a row ask about the same slabs
+    for _ in range(echo): trainer.train_step(next(batches))                            # warm up, compile
     def steps_with(noting):
         clock.wait(); start = time.perf_counter()
         for _ in range(steps):
@@ -183,7 +196,9 @@ def preset_row(name, config, data, device, peak, machine, steps):
     if cuda: torch.cuda.reset_peak_memory_stats()
     speed, share = measured(trainer, steps)
     how = " ".join(word for word, wanted in (("compiled", machine.compile), ("checkpointing", machine.checkpointing)) if wanted) or "plain"
-    return {"preset": f"{name}, {config.unet.size}²", "precision": config.precision, "network": how, "batch": config.batch, "pairs a second": f"{speed:.3g}", "share of peak": f"{3*count_operations(config.unet)*speed/peak:.0%}",
+    samples, turns = ("patients", f"{speed*config.lifting.turns:.3g}") if config.lift else ("pairs", "–")
+    return {"preset": f"{name}, {config.shape.size}²", "precision": config.precision, "network": how, "batch": f"{config.batch} {samples}",
+            "samples a second": f"{speed:.3g}", "turns judged a second": turns, "share of peak": f"{3*operations_of(config.shape)*speed/peak:.0%}",
             **{part: f"{share.get(part, 0):.1%}" for part in ("data", *PARTS)}} | ({"peak memory": f"{torch.cuda.max_memory_allocated()/2**30:.1f} GiB"} if cuda else {})
 
 
@@ -192,20 +207,22 @@ def preset_table(configs, precisions, device, machines=(Machine(),), steps=2):
     peaks = {precision: peak_of(device, PRECISIONS[precision]) for precision in precisions}
     print("peak of a matrix product: " + ", ".join(f"{peak/1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items()) + "\n", flush=True)
     feeds = {name: feed_of(config, device) for name, config in configs.items()}
-    return [preset_row(name, replace(config, precision=precision), feeds[name], device, peaks[precision], machine, steps) for name, config in configs.items() for precision in precisions for machine in machines]
+    return [preset_row(name, replace(config, precision=precision), feeds[name], device, peaks[precision], machine, steps) for name, config in configs.items() for precision in precisions
+            for machine in machines if not (config.lift and machine.checkpointing)]         # a network that lifts keeps little
 
 
 def configs_of(names, device, toy=False):
     "Recipes of the presets, with batches that suit a device"
     of = lambda name: replace(PRESETS[name], batch=BATCHES[device][name], steps=10**6)
-    return {name: replace(of(name), unet=replace(TOY, **{key: value for key, value in asdict(of(name).unet).items() if key in ("head", "depths", "learned_variance")}), batch=8) if toy else of(name) for name in names}
+    small = lambda config: dict(lift=TOY_LIFT) if config.lift else dict(unet=replace(TOY, learned_variance=config.unet.learned_variance))
+    return {name: replace(of(name), **small(of(name)), batch=8) if toy else of(name) for name in names}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["mediffusion", "presets", "cuda"], choices=["mediffusion", "presets", "cuda"])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), help="for the parts presets and cuda")
-    parser.add_argument("--preset", default="paper", help="beside Mediffusion, with the paper's head; paper, small or tiny")
+    parser.add_argument("--preset", default="paper", choices=[name for name, config in PRESETS.items() if not config.lift], help="beside Mediffusion")
     parser.add_argument("--size", type=int, help="pixels along each side, beside Mediffusion; default: the preset's")
     parser.add_argument("--batch", type=int, default=1, help="pairs a step, beside Mediffusion")
     parser.add_argument("--rounds", type=int, default=5, help="beside Mediffusion")
@@ -217,12 +234,12 @@ def main():
     if "mediffusion" in args.parts:
         config = replace(PRESETS[args.preset], precision="fp32", batch=args.batch)
         unet = config.unet
-        config = replace(config, unet=replace(unet, head="velocity", depths=(), groups=32, learned_variance=True, size=args.size or unet.size))   # what Mediffusion can build
+        config = replace(config, unet=replace(unet, groups=32, learned_variance=True, size=args.size or unet.size))   # what Mediffusion can build
         print(f"\na training step of the {args.preset} preset at {config.unet.size}², batch {args.batch}, fp32, on the CPU, in seconds\n\n{markdown_table(beside_table(config, args.batch, args.rounds))}", flush=True)
     if "presets" in args.parts:
-        print(f"\npresets on the CPU, pairs rendered while training; parts as a share of a step\n\n{markdown_table(preset_table(configs_of(args.presets, 'cpu'), ('fp32', 'bf16'), 'cpu'))}", flush=True)
+        print(f"\npresets on the CPU, rendered while training; parts as a share of a step\n\n{markdown_table(preset_table(configs_of(args.presets, 'cpu'), ('fp32', 'bf16'), 'cpu'))}", flush=True)
     if "cuda" in args.parts:
-        print("\npresets on CUDA, pairs rendered while training; parts as a share of a step\n", flush=True)
+        print("\npresets on CUDA, rendered while training; parts as a share of a step\n", flush=True)
         machines = [Machine(compile=compile, checkpointing=checkpointing) for compile in (False, True) for checkpointing in (False, True)]
         if args.rehearse: torch.compile = lambda network: network                        # its way through a compiler is a test of its own
         if args.rehearse or torch.cuda.is_available():
