@@ -654,11 +654,13 @@ def ct(self: PhantomPlan,
 # %% ../nbs/04_pairs.ipynb #98b4af44
 @lru_cache
 def bones_hash(
-    path: str,  # a file, or a folder of files
+    path: str,  # a file, a folder of files, or several of these with commas between, as `BoneAtlas.read` takes them
 ) -> str:       # 64 hexadecimal digits
-    "What bone surfaces these are."
-    if not Path(path).is_dir(): return sha256(path)
-    return hashlib.sha256(" ".join(sha256(file) for file in sorted(Path(path).iterdir()) if file.is_file()).encode()).hexdigest()
+    "Say by content what bone surfaces these are."
+    joined = lambda hashes: hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    if Path(path).is_dir(): return joined(sha256(file) for file in sorted(Path(path).iterdir()) if file.is_file())
+    if Path(path).exists() or "," not in path: return sha256(path)
+    return joined(bones_hash(part.strip()) for part in path.split(","))
 
 # %% ../nbs/04_pairs.ipynb #199c6263
 @patch
