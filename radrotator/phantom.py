@@ -1512,16 +1512,19 @@ def draw_belly(
     g: np.random.Generator,  # random numbers
     fat: float,              # mm below the skin at the sides
 ) -> dict:                   # fields of Body
-    "Front and back of the trunk: from sunken to pendulous."
+    "Front and back of the trunk: from sunken to pendulous, and some as tense as fluid or a large tumour makes them."
     front, back = (float(np.clip(fat*g.lognormal(0, 0.4), 4, 120)) for _ in range(2))
     belly = g.normal(74, 26) + 0.9*front + max(g.normal(0.5*(fat - 20), 35), 0)
     hangs = g.random() < (0.12 if fat < 30 else 0.5)
     near = lambda mean, sd, low, high: float(np.clip(g.normal(mean, sd), low, high))
     groin, chest = near(56 + 0.9*front, 14, 46, 180), near(84 + 0.6*front, 26, 55, 230)
-    ahead = dict(belly=float(np.clip(belly, 38, 280)), groin=groin, chest=chest, navel=g.uniform(60, 190))
-    return dict(fat=fat, fat_front=front, fat_back=back, **ahead, cushion=near(13 + 0.4*back, 9, 5, 75),
-                press=g.uniform(5, 45), hollow=g.uniform(0, 40), square=(g.uniform(0, 0.6), g.uniform(0.15, 0.9)),
+    ahead = dict(groin=groin, navel=g.uniform(60, 190))
+    made = dict(cushion=near(13 + 0.4*back, 9, 5, 75), press=g.uniform(5, 45), hollow=g.uniform(0, 40),
+                square=(g.uniform(0, 0.6), g.uniform(0.15, 0.9)),
                 apron=(hangs*g.uniform(5, 35 + 0.8*fat), g.uniform(-20, 100), g.uniform(60, 160), g.uniform(0.6, 1.0)))
+    tense = (g.random() < 0.2)*g.uniform(30, 200)
+    ahead |= dict(belly=float(np.clip(belly + tense, 38, 280)), chest=float(np.clip(chest + 0.6*tense, 55, 260)))
+    return dict(fat=fat, fat_front=front, fat_back=back, **ahead, **made)
 
 # %% ../nbs/02_phantom.ipynb #e5fc7b04
 @patch(cls_method=True)
