@@ -11,12 +11,12 @@ __all__ = ['STORY', 'SHORT', 'app', 'UsageError', 'UNWRITABLE', 'Json', 'X', 'Y'
            'check_bones', 'reasons_of', 'counted', 'working', 'bar', 'load_model', 'cores', 'phantom_command',
            'ingest_command', 'ingested', 'shard_of', 'pairs_command', 'fitted', 'centred', 'drr_command', 'unfamiliar',
            'rotate_command', 'sweep_command', 'Asked', 'completed', 'recipe_of', 'settings_of', 'commit',
-           'command_line', 'feeds_of', 'provenance', 'train_command', 'here', 'watched', 'begin', 'run', 'trained',
-           'report_command', 'patients_of', 'evaluate_command', 'convert_command', 'Item', 'seconds_per_view',
-           'ct_item', 'radiograph_item', 'item_rows', 'shown', 'write_item', 'demo_inputs', 'demo_items', 'check_demo',
-           'demo_command', 'demo_text', 'Check', 'without_folders', 'tried', 'version_of', 'weights_found', 'a_turn',
-           'gpus_found', 'a_gpu', 'a_decoder', 'an_encoder', 'this_folder', 'examined', 'system', 'doctor_command',
-           'diagnosis']
+           'command_line', 'check_watched', 'feeds_of', 'provenance', 'train_command', 'here', 'watched', 'begin',
+           'run', 'trained', 'report_command', 'patients_of', 'evaluate_command', 'convert_command', 'Item',
+           'seconds_per_view', 'ct_item', 'radiograph_item', 'item_rows', 'shown', 'write_item', 'demo_inputs',
+           'demo_items', 'check_demo', 'demo_command', 'demo_text', 'Check', 'without_folders', 'tried', 'version_of',
+           'weights_found', 'a_turn', 'gpus_found', 'a_gpu', 'a_decoder', 'an_encoder', 'this_folder', 'examined',
+           'system', 'doctor_command', 'diagnosis']
 
 # %% ../nbs/14_cli.ipynb #46828afa
 import contextlib, errno, functools, importlib.metadata, inspect, io, json, math, os, platform, re, shlex, shutil, subprocess, sys, time, warnings
@@ -566,6 +566,7 @@ class Asked:
     set: dict | None = None      # setting → value, as text
     bones: str | None = None     # bone surfaces
     init: str | None = None      # weights to start from
+    watch: str | None = None     # CTs that help to choose the best weights
 
 # %% ../nbs/14_cli.ipynb #be559f80
 def completed(
@@ -582,7 +583,7 @@ def completed(
     try: before = json.loads((folder/"run.json").read_text())
     except (OSError, ValueError): raise RadRotatorError(f"cannot write {folder}: it exists already and is not the folder of a run; choose another name") from None
     if not resume: raise RadRotatorError(f"{folder} holds a run already; add --resume to go on with it, or choose a new folder")
-    now, places = asdict(asked), ("data", "cts", "bones", "init")   # a folder may have been moved
+    now, places = asdict(asked), ("data", "cts", "bones", "init", "watch")   # a folder may have been moved
     for key, value in now.items():
         if value is None: continue
         known = before.get(key)
@@ -641,6 +642,16 @@ def command_line(
             words += [parameter.opts[-1], parameter.name.upper() if parameter.name in quiet else one.name if isinstance(one, Path) else str(one)]
     return shlex.join(words)
 
+# %% ../nbs/14_cli.ipynb #6c42a4f4
+def check_watched(
+    watch: list,  # of `Job`: CTs to watch
+    jobs: list,   # of `Job`: all others
+):
+    "Refuse to watch what is learned from."
+    known = {job.patient for job in jobs}
+    for job in watch:
+        if job.patient in known: raise RadRotatorError(f"cannot watch {job.name}: this patient is one of those to train on. Leave it out of one of the two.")
+
 # %% ../nbs/14_cli.ipynb #271a0963
 def feeds_of(
     asked: Asked,   # as completed
@@ -650,25 +661,28 @@ def feeds_of(
     device: str,    # that trains
     folder: Path,   # of the run, for folds where the CTs have none
     progress,       # wraps the volumes while the first ones are made
-) -> tuple:         # pairs to train on, pairs of fold 6 or None, and what weights say of them
+) -> tuple:         # pairs to train on; pairs of fold 6, or None; of CTs to watch, or None; and what weights say of them
     "The pairs that are meant, and where they come from."
     from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
-    from radrotator.train import from_jobs, from_sets, with_settings
+    from radrotator.train import from_jobs, from_sets, to_watch, with_settings
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
     if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
     if asked.data:
         if settings: raise RadRotatorError(f"data.{min(settings)} is a setting of pairs that are rendered while training; DRR sets are as they were made")
         data, validation = from_sets(asked.data, config)
-        return data, validation, dict(sets=len(data.sets), folder=Path(asked.data).name)
+        watch = asked.watch and to_watch(asked.watch, SetPlan(seed=config.seed), config, device)
+        return data, validation, watch, dict(sets=len(data.sets), folder=Path(asked.data).name)
     plan = PhantomPlan(count=asked.phantoms, bones=asked.bones, seed=config.seed) if asked.phantoms else SetPlan(seed=config.seed)
     plan = replace(with_settings(plan, settings), size=config.shape.size)
     table = folder/"folds.csv"                                  # of CTs that had none, made when the run began: whoever comes later is not in it
     jobs = phantom_jobs(plan) if asked.phantoms else ct_jobs(asked.cts, folder, table if table.exists() else None)
     for job in jobs:
         if job.fold is None: warnings.warn(f"{job.name} is not in the table of folds, and is left out; add it there", RadRotatorWarning)
-    bones = dict(bones=Path(plan.bones).name, bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
-    return *from_jobs(jobs, plan, config, workers, device, progress), plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
+    bones = dict(bones=", ".join(Path(one).name for one in plan.bones.split(",")), bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
+    watch = asked.watch and to_watch(asked.watch, plan, config, device)
+    if watch: check_watched(watch.jobs, jobs)
+    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
 
 # %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(
@@ -679,7 +693,7 @@ def provenance(
 ) -> dict:                   # for the weights file
     "How weights came about."
     import torch
-    return dict(command=command_line(context), commit=commit(), data=data, device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device, processes=processes, cores=cores(), python=platform.python_version(), torch=torch.__version__)
+    return dict(command=command_line(context, quiet=("watch",)), commit=commit(), data=data, device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device, processes=processes, cores=cores(), python=platform.python_version(), torch=torch.__version__)
 
 # %% ../nbs/14_cli.ipynb #a3068db5
 @command("train", "--data sets --preset paper -o run", "--phantoms 100 --preset tiny -o run --resume")
@@ -697,6 +711,7 @@ def train_command(
     bones: Bones = None,  # bone surfaces
     seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="of phantoms, pairs and weights  [default: 0]", show_default=False)] = None,  # of everything
     init: Annotated[Path | None, typer.Option("--init", help="trained weights to start from  [default: random ones]", show_default=False)] = None,  # a file
+    watch: Annotated[Path | None, typer.Option("--watch", help="a CT, or a folder of CTs, that is never learned from and helps to choose the best weights", show_default=False)] = None,  # CTs
     together: Annotated[int | None, typer.Option(min=8, help="pairs computed at a time in each process; gradients of several passes add up  [default: as many as memory allows]", show_default=False)] = None,  # pairs
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="compute activations twice instead of keeping them: a third slower, a fraction of the memory")] = False,  # of activations
     compile: Annotated[bool, typer.Option("--compile", help="compile the network: minutes at the start, faster after")] = False,  # the network
@@ -707,7 +722,7 @@ def train_command(
 ) -> Result | None:
     "Train a model. The best weights so far are OUT/weights.safetensors. Under torchrun, several processes share the work."
     text = lambda path: path and str(path)
-    asked = Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init))
+    asked = Asked(text(data), text(cts), phantoms, preset, seed, steps, settings_of(settings), text(bones), text(init), text(watch))
     how = dict(together=together, compile=compile, checkpointing=checkpointing, tensorboard=tensorboard, exact=exact)
     return begin(context, out, asked, resume, device, workers, how, math.inf if minutes is None else minutes)
 
@@ -750,9 +765,9 @@ def begin(
     machine = Machine(workers=(1 if device == "cpu" else 4) if workers is None else workers, **how)
     accelerator = join(device)
     where = here(device)
-    *feeds, named = feeds_of(asked, config, of_data, machine.workers, where, out, watched(accelerator, "making the first patients"))
-    trainer = Trainer(out, config, *feeds, machine, accelerator, provenance(context, named, where, accelerator.num_processes))
-    del feeds[1]                                                # volumes of fold 6 have been looked at
+    *feeds, watch, named = feeds_of(asked, config, of_data, machine.workers, where, out, watched(accelerator, "making the first patients"))
+    trainer = Trainer(out, config, *feeds, machine, accelerator, provenance(context, named, where, accelerator.num_processes), watch)
+    del feeds[1], watch                                         # volumes of fold 6 have been looked at
     if not trainer.resume() and asked.init: trainer.start_from(asked.init)
     return run(trainer, asked, minutes)
 

@@ -827,7 +827,8 @@ def volumes(self: OnTheFlyPairs,
         late = [n for n in now if not self.made[n].done()]
         for n in self.progress(late, len(late)) if len(late) > 1 else late: self._wait(n)
         if all([self._usable(n) for n in now]): return [self.made[n].result() for n in now]
-    raise RadRotatorError(f"none {self.wanted} ({len(self.refused)} were refused); add some or name other folds")
+    first = f"; the first: {next(iter(self.refused.values()))}" if self.refused else "; add some or name other folds"
+    raise RadRotatorError(f"none {self.wanted} ({len(self.refused)} were refused){first}")
 
 # %% ../nbs/04_pairs.ipynb #b76b63d8
 @patch

@@ -8,7 +8,8 @@ __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'LEFTOVERS', 'FREE', 
            'questions', 'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'readers', 'write_checkpoint',
            'read_checkpoint', 'checkpoints', 'newest', 'tidy', 'Machine', 'keep_memory', 'join', 'add_in_order',
            'share_of', 'Trainer', 'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet',
-           'lifting_sheet', 'StopAsked', 'from_sets', 'from_jobs', 'page', 'image_tag', 'table_tag', 'curves', 'report']
+           'lifting_sheet', 'StopAsked', 'chosen_by', 'from_sets', 'feed_plan', 'from_jobs', 'to_watch', 'page',
+           'image_tag', 'table_tag', 'curves', 'report']
 
 # %% ../nbs/09_train.ipynb #355d9bfb
 import base64, csv, ctypes, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
@@ -26,11 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import __version__
 from .core import RadRotatorError, RadRotatorWarning, alone, deaf, folder_beside, in_own_group, rng, sha256, write_beside
+from .ct import stem_of
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from .geometry import AXES
 from .lift import Lift, LiftConfig
 from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
-from .pairs import VALIDATE, Batch, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SlabBatch, read_manifest, sets_in
+from .pairs import (VALIDATE, Batch, Job, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SetPlan, SlabBatch, cts_in,
+                              patient_of, read_manifest, sets_in)
 from .transforms import TransformConfig, from_signed, training_transforms
 from .unet import UNet, UNetConfig, build_network, load_weights, save_weights
 
@@ -470,6 +473,7 @@ class Trainer:
         machine: Machine = Machine(),    # how to compute
         accelerator=None,                # from `join`; None: a single process on the CPU
         about: dict | None = None,       # provenance to write into the weights: command, data, commit
+        watched: Pairs | None = None,    # of CTs that help to choose the best weights and are never learned from
     ):
         self.folder, self.config, self.data, self.machine, self.about = Path(folder), config, data, machine, about or {}
         self.accelerator = accelerator or join()
@@ -483,7 +487,7 @@ class Trainer:
         else: self.network.checkpointing = machine.checkpointing
         self.model = self.accelerator.prepare_model(torch.compile(self.network) if machine.compile else self.network)
         self.ema, self.optimizer = EMA(self.network, config.ema), make_optimizer(self.network, config)
-        self.exam = exam(validation, config, self.device) if validation else []
+        self.exam, self.watched = ([] if pairs is None else exam(pairs, config, self.device) for pairs in (validation, watched))
         self.together = machine.together or len(self.share)
         self.step, self.seconds, self.best, self.quarantined = 0, 0.0, {}, {}
         self.clock = lambda name: nullcontext()      # where `benchmarks/training.py` looks in
@@ -665,7 +669,7 @@ def start_from(self: Trainer,
 
 # %% ../nbs/09_train.ipynb #35ecc0b0
 LOOK = 10  # steps between rows of the log
-COLUMNS = "step", "seconds", "pairs", "loss", "gradient", "rate", "pairs_per_second", "waiting", "quarantined", "validation", "skill", "depth_error"
+COLUMNS = "step", "seconds", "pairs", "loss", "gradient", "rate", "pairs_per_second", "waiting", "quarantined", "validation", "skill", "depth_error", "watched", "watched_skill", "watched_depth_error"
 
 # %% ../nbs/09_train.ipynb #e421214e
 def read_log(
@@ -817,15 +821,33 @@ def heard(self: Trainer,
     if bad: raise self.lost(figures[tuple(bad[0])], self.step - len(said) + bad[0][0], ("loss", "gradient")[bad[0][1]])
     return tuple(figures.mean(0).tolist())
 
+# %% ../nbs/09_train.ipynb #feecec83
+@patch
+def marks(self: Trainer,
+    paper: list,       # from `exam`, or nothing
+    name: str,         # of the loss
+    prefix: str = "",  # of the names of other figures
+) -> dict:             # loss, skill, and the depth error of a network that lifts
+    "Let the averaged network answer questions, each process its share of them."
+    if not paper: return {}
+    here = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+    sums = self.accelerator.reduce(examine(self.ema.network, paper[here], self.config).to(self.device)).tolist()
+    figures = {name: round(sums[1]/sums[0], 6), prefix + "skill": round(1 - sums[2]/sums[3], 4)}
+    return figures | ({prefix + "depth_error": round(sums[4]/sums[0], 2)} if self.config.lift else {})
+
+# %% ../nbs/09_train.ipynb #19927d61
+def chosen_by(
+    figures: dict,  # of a validation
+) -> float:         # infinite where nothing was asked
+    "Give the loss that decides which weights are best: fold 6 and the watched CTs count alike."
+    return sum(figures[name] for name in ("validation", "watched") if name in figures) or math.inf
+
 # %% ../nbs/09_train.ipynb #14d37bb3
 @patch
-def validate(self: Trainer) -> dict: # validation, skill: figures of the averaged network; nothing where there is no fold 6
+def validate(self: Trainer) -> dict: # figures of the averaged network; nothing where there is neither a fold 6 nor a CT to watch
     "Examine the averaged network; where it is the best so far, write its weights."
-    here = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-    sums = self.accelerator.reduce(examine(self.ema.network, self.exam[here], self.config).to(self.device)).tolist()
-    figures = dict(validation=round(sums[1]/sums[0], 6), skill=round(1 - sums[2]/sums[3], 4)) if self.exam else {}
-    if self.exam and self.config.lift: figures["depth_error"] = round(sums[4]/sums[0], 2)
-    if not self.exam or figures["validation"] < self.best.get("validation", math.inf):
+    figures = self.marks(self.exam, "validation") | self.marks(self.watched, "watched", "watched_")
+    if not figures or chosen_by(figures) < chosen_by(self.best):
         self.best = dict(step=self.step, **figures)
         made = dict(version=__version__, steps=self.step, seconds=round(self.seconds), samples=self.step*self.config.batch, training=asdict(self.config), **figures)
         if self.accelerator.is_main_process: save_weights(self.ema.network, self.folder/"weights.safetensors", made | self.about)
@@ -916,6 +938,16 @@ def from_sets(
     if size != wanted: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose another preset, set unet.size={size}, or render with --size {wanted}")
     return data, PairDataset(folder, folds=VALIDATE) if examined else None
 
+# %% ../nbs/09_train.ipynb #dcbe59bc
+def feed_plan(
+    plan: SetPlan,        # how to render
+    config: TrainConfig,  # of the run
+    device: str,          # where to render
+) -> SetPlan:             # for the network of this run
+    "Fit a plan to a network and a device."
+    plan = replace(plan, size=config.shape.size, device=device, engine="siddon" if device == "cpu" else "nanodrr")
+    return replace(plan, slabs=config.lift.slabs, canvas=config.lift.canvas) if config.lift else plan
+
 # %% ../nbs/09_train.ipynb #819d267e
 def from_jobs(
     jobs: list,           # CTs or phantoms, as from `pairs.ct_jobs` or `pairs.phantom_jobs`
@@ -926,11 +958,24 @@ def from_jobs(
     progress=lambda jobs, total: jobs, # wraps the volumes while the first ones are made
 ) -> tuple:               # as from `from_sets`
     "Feeds that render."
-    plan = replace(plan, size=config.shape.size, device=device, engine="siddon" if device == "cpu" else "nanodrr")
-    if config.lift: plan = replace(plan, slabs=config.lift.slabs, canvas=config.lift.canvas)
+    plan = feed_plan(plan, config, device)
     examined, rendered = any(job.fold in VALIDATE for job in jobs), OnTheFlySlabs if config.lift else OnTheFlyPairs
     return (rendered(jobs, plan, held=config.held, refresh=config.refresh, workers=workers, progress=progress),
             rendered(jobs, plan, folds=VALIDATE, held=config.held, workers=workers, progress=progress) if examined else None)
+
+# %% ../nbs/09_train.ipynb #1f9fb441
+def to_watch(
+    path: str | Path,     # a CT, or a folder of CTs
+    plan: SetPlan,        # as the run's; of a `PhantomPlan` that part which is not about phantoms
+    config: TrainConfig,  # of the run
+    device: str = "cpu",  # where to render
+) -> Pairs:               # for `Trainer`
+    "Open CTs that are looked at while training and never learned from."
+    if not Path(path).exists(): raise RadRotatorError(f"cannot watch {path}: it is not there. Give a CT, or a folder of CTs.")
+    files = cts_in(path) if Path(path).is_dir() else {stem_of(path): Path(path)}
+    jobs = [Job(name, patient_of(name), VALIDATE[0], file) for name, file in files.items()]
+    plan = feed_plan(SetPlan(**{field.name: getattr(plan, field.name) for field in fields(SetPlan)}), config, device)
+    return (OnTheFlySlabs if config.lift else OnTheFlyPairs)(jobs, plan, folds=VALIDATE, held=len(jobs))
 
 # %% ../nbs/09_train.ipynb #e7ae3d3b
 def page(
@@ -987,12 +1032,13 @@ def report(
     about = load_weights(weights)[1] if weights.exists() else dict(training=asked.get("config", {}))
     last, examined, drawn = rows[-1], [row for row in rows if "validation" in row], io.BytesIO()
     curves(rows).savefig(drawn, format="png")
-    best = min(examined, key=lambda row: row["validation"], default=None)
+    best = min(examined, key=chosen_by, default=None)
     words = f"Step {last['step']:,.0f}, {last['pairs']:,.0f} pairs, {last['seconds']/3600:.2f} hours; {last['quarantined']:.0f} sets set aside as damaged; newest checkpoint: {found[-1].name if found else 'none'}."
     if best:
         words += f" Best validation loss {best['validation']:.5g} at step {best['step']:,.0f}, with a one-step skill of "
         words += f"{best['skill']:.3f} over all rotations (0: doing nothing, 1: perfect)"
         words += f", and a mean depth that is off by {best['depth_error']:.1f} mm." if "depth_error" in best else "."
+        if "watched" in best: words += f" On the watched CTs its skill is {best['watched_skill']:.3f}."
     pictures = sorted((folder/"pictures").glob("*.png"))
     shown = [pictures[0], *([pictures[-1]] if len(pictures) > 1 else [])] if pictures else []
     return page(f"Training run {folder.resolve().name}", [f"<p>{words}</p>", image_tag(drawn.getvalue(), "curves"),

@@ -415,6 +415,24 @@ def test_a_run_that_lifts_is_resumed_to_the_bit(server, bodies, lifted, tmp_path
     assert network.config.slabs == 8 and "depth_error" in about and about["training"]["lift"]["canvas"] == 48
 
 
+def test_a_watched_ct_is_never_learned_from_and_helps_to_choose(server, bodies, lifted, tmp_path):
+    run, other = tmp_path/"run", tmp_path/"other.nii.gz"
+    write_ct(ball(9), other)
+    assert server(*lifting(bodies, run, "--watch", other, every=5))[::2] == (0, "")
+    examined = [row for row in read_log(run) if "watched" in row]
+    assert [row["step"] for row in examined] == [5, 10] and all(0 < row["watched_depth_error"] < 50 for row in examined)
+    assert [row["loss"] for row in read_log(run)] == pytest.approx([np.mean(losses(lifted)[:5]), np.mean(losses(lifted)[5:])], rel=1e-5)
+    _, about = load_weights(run/"weights.safetensors")
+    assert about["steps"] == min(examined, key=lambda row: row["validation"] + row["watched"])["step"]
+    assert about["watched_skill"] < 1 and "other" not in str(about)               # a file may bear a patient's name
+
+
+@pytest.mark.parametrize("what, sentence", [("v1.nii.gz", "cannot watch v1: this patient is one of those to train on"), ("none.nii.gz", "it is not there")])
+def test_what_cannot_be_watched(what, sentence, server, bodies, tmp_path):
+    code, _, err = server(*lifting(bodies, tmp_path/"run", "--watch", bodies/what))
+    assert code == 2 and sentence in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("early", [0, 0.5])
 def test_two_processes_lift_as_one_does(early, server, bodies, lifted, tmp_path):
     "Also where some of what is trained is not asked for in every pass, and the first steps know the patients of both"
@@ -613,7 +631,7 @@ def test_events_can_be_read_back(server, untold, plain, tmp_path):
     code, _, err = server(*words)
     assert code == 0 and "Traceback" not in err
     events = EventAccumulator(str(run/"events")).Reload()
-    assert set(events.Tags()["scalars"]) == set(COLUMNS) - {"step", "validation", "skill", "depth_error"}
+    assert set(events.Tags()["scalars"]) == set(COLUMNS) - {"step", "validation", "skill", "depth_error", "watched", "watched_skill", "watched_depth_error"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([event.value for event in events.Scalars("loss")], losses(run), rtol=1e-6)
     assert losses(run) == losses(plain)[:6]
