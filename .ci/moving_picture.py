@@ -58,13 +58,13 @@ def main():
     parser.add_argument("--weights", type=Path, help="default: those of the package")
     parser.add_argument("--to", type=Path, default=ROOT/"nbs"/"images"/"sweep.webp")
     args = parser.parse_args()
-    from radrotator.core import write_beside
+    from radrotator.core import atomic_file
     from radrotator.rotate import RadRotator
     model = RadRotator.from_file(args.weights, "cpu") if args.weights else RadRotator.from_pretrained(device="cpu")
     rows = zip(panels(model, soft=True), panels(model, soft=False))
     angle = lambda i, x, z: f"{'z' if i < FRAMES else 'x'} = {round(x + z):+d}°".replace("+0", "0").replace("-", "−")
     frames = [sheet(pair, ("radiograph", f"rotated, {angle(i, x, z)}", "true view")) for i, (pair, (x, _, z)) in enumerate(zip(rows, poses()))]
-    with write_beside(args.to) as beside:
+    with atomic_file(args.to) as beside:
         frames[0].save(beside, "WEBP", save_all=True, append_images=frames[1:], duration=round(1000*SECONDS/FRAMES), loop=0, quality=72, method=6, kmin=0, kmax=1)  # every frame whole: differences of frames leave blocks behind
     print(f"{args.to}: {len(frames)} frames, {args.to.stat().st_size/1000:.0f} kB")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from radrotator.core import check_output, folder_beside, markdown_table, sha256
+from radrotator.core import check_output, atomic_folder, markdown_table, sha256
 from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, publish, write_report
 from radrotator.losses import LiftingConfig
 from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
@@ -68,7 +68,7 @@ def main():
     began = time.perf_counter()
     found, left_out = judge(model, patients, asked, progress=report_as_they_come)
     about = dict(weights=args.out.name, left_out=left_out, questions=vars(asked), sampling=model.about["sampling"], seconds=round(time.perf_counter() - began))
-    with folder_beside(args.report) as folder:
+    with atomic_folder(args.report) as folder:
         known = write_report(folder, found, about | dict(made={key: value for key, value in model.about.items() if key != "known"}))
     report = {group: {key: figures[key] for key in ("patients", "headline", "styles", "depth")} for group, figures in known["groups"].items()}
     for group, figures in report.items(): print(f"\n{group}\n\n{markdown_table(figures['headline'])}\n\n{markdown_table(figures['depth'])}")

@@ -29,7 +29,7 @@ import typer
 from typer.core import TyperGroup
 
 import radrotator
-from .core import PICTURES, RadRotatorError, RadRotatorWarning, alone, check_output, folder_beside, markdown_table, sha256, write_beside
+from .core import PICTURES, RadRotatorError, RadRotatorWarning, folder_lock, check_output, atomic_folder, markdown_table, sha256, atomic_file
 
 # %% ../nbs/14_cli.ipynb #209f75b5
 STORY = {"A radiograph": ("rotate", "sweep", "demo"), "CT": ("drr", "ingest", "pairs"), "Training": ("train", "report", "evaluate", "convert", "phantom"), "Trouble": ("doctor",)}
@@ -781,7 +781,7 @@ def run(
     out, main = trainer.folder, trainer.accelerator.is_main_process
     if main:
         out.mkdir(exist_ok=True)
-        with alone(out, wait=False), write_beside(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked) | dict(config=asdict(trainer.config))))
+        with folder_lock(out, wait=False), atomic_file(out/"run.json") as temporary: temporary.write_text(json.dumps(asdict(asked) | dict(config=asdict(trainer.config))))
         print(f"training on {trainer.device}{f', {trainer.accelerator.num_processes} processes' if trainer.accelerator.num_processes > 1 else ''}; progress goes to {out/'log.csv'}" + ("" if trainer.exam else "; there is no fold 6, so the last weights are taken for the best"), flush=True)
     looked = sys.stderr.isatty()
     with contextlib.redirect_stdout(sys.stderr if looked else io.StringIO()): end = trainer.fit(minutes)    # its bar
@@ -814,7 +814,7 @@ def report_command(
     with working("drawing"):
         from radrotator.train import report
         text, out = report(folder), out or folder/"report.html"
-    with write_beside(out) as temporary: temporary.write_text(text, encoding="utf-8")
+    with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
 
 # %% ../nbs/14_cli.ipynb #dc3e3053
@@ -857,7 +857,7 @@ def evaluate_command(
     if not accelerator.is_main_process: return None
     about = dict(weights=name, left_out=left_out, command=command_line(context, quiet=("cts", "out")), commit=commit(), questions=asdict(asked), sampling=model.settled(steps=steps, guidance=guidance),
                  seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made={key: value for key, value in model.about.items() if key not in ("report", "known")})
-    with folder_beside(out) as folder: known = write_report(folder, found, about)
+    with atomic_folder(out) as folder: known = write_report(folder, found, about)
     tables = [f"{group} ({len(figures['patients'])})\n\n{markdown_table(figures['headline'])}" for group, figures in known["groups"].items()]
     return Result("\n\n".join([*tables, f"skill = 1 − MSE/MSE(no-op), with its 95 % interval over patients. Open {out/'report.html'}."]),
                   dict(out=out, report=out/"report.html", data=out/"report.json", left_out=left_out, seconds=about["seconds"], groups={group: {key: figures[key] for key in ("patients", "headline", "summary")} for group, figures in known["groups"].items()}))
@@ -1051,7 +1051,7 @@ def demo_command(
     model, name = load_model(weights, device)
     items = demo_items(model, volumes, pictures, seed)
     rows = []
-    with folder_beside(out) as folder:
+    with atomic_folder(out) as folder:
         for item in bar(items, 2 + len(ct) + max(1, len(radiograph)), "turning"):
             write_item(item, folder)
             rows += item_rows(item)

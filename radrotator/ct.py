@@ -32,7 +32,7 @@ import pydicom
 from fastcore.basics import patch
 from scipy import ndimage
 
-from .core import RadRotatorError, alone, each, write_beside
+from .core import RadRotatorError, folder_lock, parallel_map, atomic_file
 
 # %% ../nbs/01_ct.ipynb #64c97be5
 REASONS = dict(
@@ -659,7 +659,7 @@ def write_nifti(
     image.set_sform(affine, 1), image.set_qform(affine, 1)
     data = image.to_bytes()
     if str(path).lower().endswith(".gz"): data = gzip.compress(data, 1, mtime=0)  # noise packs no better at higher levels
-    with write_beside(path) as temporary: Path(temporary).write_bytes(data)
+    with atomic_file(path) as temporary: Path(temporary).write_bytes(data)
 
 # %% ../nbs/01_ct.ipynb #5593f838
 def write_ct(
@@ -1048,7 +1048,7 @@ def scan(
     pieces = [(folder, files[i:i + 256]) for folder, files in walk(sources, out) for i in range(0, len(files), 256)]
     chunks = [(key(*piece), *piece) for piece in pieces]
     todo, found = [chunk for chunk in chunks if chunk[0] not in journal.values], {}
-    for chunk, result in progress(each(partial(scan_chunk, config=config, salt=salt), todo, workers), len(todo)): journal.put(chunk[0], result)
+    for chunk, result in progress(parallel_map(partial(scan_chunk, config=config, salt=salt), todo, workers), len(todo)): journal.put(chunk[0], result)
     for key, folder, _ in chunks:
         for kind, name, modality, names, state in journal.values.get(key) or ():
             same = found.setdefault(name.split("-")[1] if kind == "NIfTI" else name, [kind, name, modality, [], []])
@@ -1177,7 +1177,7 @@ def write_report(
     rows: dict,  # name to row
 ):
     "Write the report, whole or not at all."
-    with write_beside(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         table = csv.DictWriter(f, COLUMNS, restval="", extrasaction="ignore")
         table.writeheader()
         table.writerows(sorted(rows.values(), key=lambda r: (str(r["source"]), r["name"])))
@@ -1234,7 +1234,7 @@ def times(
     workers: int,
 ) -> dict:  # name of a series to columns of the report
     "What the report says of when a CT was made."
-    days = {series.name: day or 0 for series, day in each(first_day, found, workers)}
+    days = {series.name: day or 0 for series, day in parallel_map(first_day, found, workers)}
     era, year = eras(days), lambda day: date.fromordinal(day).year if years and day else ""
     return {name: dict(era=era.get(name, ""), year=year(day)) for name, day in days.items()}
 
@@ -1292,7 +1292,7 @@ def take_in(
     todo = [job for job in jobs if not is_kept(journal.values.get(job[2]), out)]
     for series, _, key in jobs: rows |= settle(series, journal.values.get(key, ()))
     written = time.monotonic()
-    for (series, _, key), said in progress(each(partial(curate, out=out, config=config), todo, workers), len(todo)):
+    for (series, _, key), said in progress(parallel_map(partial(curate, out=out, config=config), todo, workers), len(todo)):
         said = said or [failed(series, "its process was killed, perhaps for want of memory: use fewer workers")]
         if said[0].get("reason") != "FAILED": journal.put(key, said)
         rows |= settle(series, said)
@@ -1311,5 +1311,5 @@ def ingest(
 ) -> list:  # the rows of the report
     "Find every CT in the sources, judge it, and write what passes as NIfTI with one spacing and without patient data."
     out, report, old = prepare(sources, out, report)
-    with alone(out, wait=False): take_in(sources, out, report, config, workers, progress, old)
+    with folder_lock(out, wait=False): take_in(sources, out, report, config, workers, progress, old)
     return list(read_report(report).values())

@@ -25,7 +25,7 @@ import numba, numpy as np, torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import RadRotatorError, alone, deaf, each, end_with_parent, in_own_group, rng, sha256, write_beside
+from .core import RadRotatorError, folder_lock, signals_blocked, parallel_map, end_with_parent, detach_from_group, rng, sha256, atomic_file
 from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
 from .drr import MU_WATER, Physics, Renderer, fit_fov, recentre
 from .geometry import AXES, CONVENTION, CArm, rotation, slab_planes
@@ -110,7 +110,7 @@ def assign_folds(
 def sweep(
     folder: Path,  # in which nobody else is writing
 ):
-    "Remove what a killed process left half-written (see `write_beside`)."
+    "Remove what a killed process left half-written (see `atomic_file`)."
     for left in folder.glob(".*-*"): left.unlink(missing_ok=True)
 
 # %% ../nbs/04_pairs.ipynb #507b8988
@@ -120,7 +120,7 @@ def write_table(
     rows,        # dicts with these keys
 ):
     "Write rows as a table."
-    with write_beside(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
@@ -146,7 +146,7 @@ def write_folds(
 ) -> dict:             # name → (patient, fold), also of names that were in the table already
     "Give every series a fold, and write the table."
     path = Path(path)
-    with alone(path.parent):
+    with folder_lock(path.parent):
         places = read_folds(path) if path.exists() else {}
         folds = assign_folds(rows, seed, dict(places.values()))
         new = places | {row["name"]: (row["patient"], folds[row["patient"]]) for row in rows}
@@ -231,7 +231,7 @@ def write_manifest(
     manifest: dict,  # what JSON can say
 ):
     "Mark a set as whole."
-    with write_beside(folder/"manifest.json") as temporary: temporary.write_text(json.dumps(manifest, separators=(",", ":")))
+    with atomic_file(folder/"manifest.json") as temporary: temporary.write_text(json.dumps(manifest, separators=(",", ":")))
 
 # %% ../nbs/04_pairs.ipynb #fc703d2e
 def is_whole(
@@ -266,7 +266,7 @@ def write_set(
     folder, poses, renderer = Path(folder), np.asarray(poses), plan.renderer(ct)
     folder.mkdir(parents=True, exist_ok=True)
     (folder/"manifest.json").unlink(missing_ok=True)
-    with write_beside(folder/"drr.npy") as temporary, open(temporary, "wb") as file:
+    with atomic_file(folder/"drr.npy") as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=(len(poses), carm.size, carm.size)))
         for i in range(0, len(poses), 32): file.write(renderer(poses[i:i + 32], carm, plan.oversample).cpu().numpy().astype("<f2").tobytes())
     images = dict(bytes=(folder/"drr.npy").stat().st_size, sha256=sha256(folder/"drr.npy"))
@@ -484,7 +484,7 @@ def make_set(
     "Make one DRR set, unless it is there and whole."
     target, place, status = folder/job.name, dict(patient=job.patient, fold=job.fold), "kept"
     target.mkdir(parents=True, exist_ok=True)
-    with alone(target):
+    with folder_lock(target):
         sweep(target)
         try:
             if job.fold is None: raise Refusal("NO_FOLD", f"{job.name} is not in the table of folds; add it there, or run radrotator ingest again")
@@ -530,7 +530,7 @@ def make_sets(
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     make = partial(pooled_set, folder=folder, plan=plan, threads=max(1, numba.config.NUMBA_NUM_THREADS//workers))
     workers = min(workers, len(jobs))
-    try: rows = {job.name: row or killed(job) for job, row in progress(each(make, jobs, workers if workers > 1 else 0), len(jobs))}
+    try: rows = {job.name: row or killed(job) for job, row in progress(parallel_map(make, jobs, workers if workers > 1 else 0), len(jobs))}
     except OSError as error: raise RadRotatorError(f"cannot write DRRs to {folder}: {error.strerror or error}; make room or choose another folder, and run again, what is done stays") from None
     return [rows[job.name] for job in jobs]
 
@@ -609,7 +609,7 @@ def ct_sets(
     if not 1 <= i <= n: raise RadRotatorError(f"there is no shard {i} of {n}; the first of three is 1/3")
     jobs = [job for job in ct_jobs(cts, sets, folds, plan.seed) if in_shard(job.name, shard)]
     rows = make_sets(jobs, sets, plan, workers, progress) + strays(sets, {job.name for job in jobs}, shard)
-    with alone(sets):
+    with folder_lock(sets):
         sweep(sets)
         write_table(sets/("report.csv" if n == 1 else f"report-{i}-of-{n}.csv"), tuple(report_row(jobs[0])) if jobs else (), rows)
     return rows
@@ -697,7 +697,7 @@ def upcoming(
 # %% ../nbs/04_pairs.ipynb #e1cba0df
 def _answer(connection, work):
     "The life of a process of the background: results, or refusals, for arguments."
-    in_own_group()
+    detach_from_group()
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):     # nobody asks any more
         while True:
@@ -768,7 +768,7 @@ def _elsewhere(self: Ahead, argument):
         if mine not in self.processes:
             here, there = spawn.Pipe()
             process = spawn.Process(target=_answer, args=(there, self.work), daemon=True)
-            with deaf(): process.start()
+            with signals_blocked(): process.start()
             there.close()
             self.processes[mine] = process, here
         process, here = self.processes[mine]

@@ -20,7 +20,7 @@ import pydicom
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from .core import PICTURES, RadRotatorError, RadRotatorWarning, write_beside
+from .core import PICTURES, RadRotatorError, RadRotatorWarning, atomic_file
 from .ct import MAX_BYTES, MAX_PIXELS, codestream_shape, decode, is_dicom, jpeg_values, modality, quiet_dicom, read_dicom
 
 # %% ../nbs/10_radiograph.ipynb #18c036f3
@@ -571,7 +571,7 @@ def write_dicom(
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
-    with write_beside(path) as temporary: ds.save_as(temporary, enforce_file_format=True)
+    with atomic_file(path) as temporary: ds.save_as(temporary, enforce_file_format=True)
 
 # %% ../nbs/10_radiograph.ipynb #e369aa03
 def write_picture(
@@ -588,7 +588,7 @@ def write_picture(
             options["pnginfo"] = PngImagePlugin.PngInfo()
             options["pnginfo"].add_text("Description", description)
         elif description: options["description"] = description.translate({ord("−"): "-", ord("°"): " degrees", ord("·"): "*"})
-    with write_beside(path) as temporary: image.save(temporary, **options)
+    with atomic_file(path) as temporary: image.save(temporary, **options)
 
 # %% ../nbs/10_radiograph.ipynb #3238ec32
 @patch

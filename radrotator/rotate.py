@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import rankdata
 
 from . import __version__
-from .core import RadRotatorError, RadRotatorWarning, alone, check_output, rng, write_beside
+from .core import RadRotatorError, RadRotatorWarning, folder_lock, check_output, rng, atomic_file
 from .geometry import AXES, LIMIT, check_angles
 from .heads import Lifted, lift_picture, turn_lifted
 from .lift import Lift, sample_shares
@@ -590,7 +590,7 @@ def begin(
         if changed: raise RadRotatorError(f"the interrupted sweep in {folder} was begun with another {' and another '.join(changed)}; resume it with the same, or remove the folder")
     elif any(folder.iterdir()): raise RadRotatorError(f"cannot work in {folder}: it holds what no sweep wrote; choose another name for the result, or remove the folder")
     else:
-        with write_beside(manifest) as temporary: temporary.write_text(text)
+        with atomic_file(manifest) as temporary: temporary.write_text(text)
 
 # %% ../nbs/11_rotate.ipynb #a9a82d1b
 @contextlib.contextmanager
@@ -604,7 +604,7 @@ def unfinished(
     if not os.path.isdir(folder): check_output(path)
     try:
         folder.mkdir(exist_ok=True)
-        with alone(folder, wait=False):
+        with folder_lock(folder, wait=False):
             try:
                 check_output(path)
                 begin(folder, settings, resume)
@@ -683,7 +683,7 @@ def write_angles(
     angles: np.ndarray, # (N,) degrees
 ):
     "A table of frames and their angles."
-    with write_beside(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("frame", "axis", "degrees"), *((frame.name, axis, f"{angle:.4f}") for frame, angle in zip(frames, angles))])
 
 # %% ../nbs/11_rotate.ipynb #0a9f87de
@@ -715,7 +715,7 @@ def write_sweep(self: RadRotator,
         made = self.write_frames(given, folder, axis, angles, label, watch, batch, text, crop=crop, **sampling)
         if encode is None: write_angles(folder/"angles.csv", made, axis, angles)
         else:
-            with write_beside(folder/f"film{path.suffix.lower()}") as film: encode(film, made + made[-2:0:-1]*bounce, fps, text, watch)
+            with atomic_file(folder/f"film{path.suffix.lower()}") as film: encode(film, made + made[-2:0:-1]*bounce, fps, text, watch)
         publish(folder if encode is None else folder/f"film{path.suffix.lower()}", path)
     return path
 

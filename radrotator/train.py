@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__
-from .core import RadRotatorError, RadRotatorWarning, alone, deaf, folder_beside, in_own_group, rng, sha256, write_beside
+from .core import RadRotatorError, RadRotatorWarning, folder_lock, signals_blocked, atomic_folder, detach_from_group, rng, sha256, atomic_file
 from .ct import stem_of
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from .geometry import AXES
@@ -333,8 +333,8 @@ def feed(
     "Batches in the order of the steps."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")               # that there are fewer cores than readers: they were asked for
-        loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None, worker_init_fn=in_own_group)
-    with deaf(): items = iter(loader)                 # readers begin here
+        loader = DataLoader(_Shares(data, seed, share.start, len(share)), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, multiprocessing_context="spawn" if workers else None, worker_init_fn=detach_from_group)
+    with signals_blocked(): items = iter(loader)                 # readers begin here
     for item in items:
         if isinstance(item, RadRotatorError): raise item
         kind, tensors, quarantined = item
@@ -357,7 +357,7 @@ def write_checkpoint(
 ):
     "Write a checkpoint whole or not at all."
     try:
-        with folder_beside(folder) as beside:
+        with atomic_folder(folder) as beside:
             for name, named in tensors.items(): save_file({key: tensor.contiguous() for key, tensor in named.items()}, beside/f"{name}.safetensors")
             hashes = {path.name: sha256(path) for path in beside.iterdir()}
             (beside/"state.json").write_text(json.dumps(dict(state, sha256=hashes)))
@@ -692,7 +692,7 @@ class Log:
         self.path, self.events = folder/"log.csv", None
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]   # a killed process may leave half a line
-        with write_beside(self.path) as temporary: temporary.write_text("".join(f"{line}\n" for line in (",".join(COLUMNS), *kept)))
+        with atomic_file(self.path) as temporary: temporary.write_text("".join(f"{line}\n" for line in (",".join(COLUMNS), *kept)))
         if tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: raise RadRotatorError("events are asked for, but TensorBoard is not installed; pip install radrotator[tensorboard]") from None
@@ -757,13 +757,13 @@ def picture(self: Trainer,
     (self.folder/"pictures").mkdir(exist_ok=True)
     if self.config.lift:
         sheet = lifting_sheet(self.ema.network, self.exam[0], self.config, views)
-        with write_beside(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
+        with atomic_file(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
         return
     asked = Question(*(tensor[::2] for tensor in vars(self.exam[0]).values()))  # every other: two in a row are one couple, there and back
     grey = lambda images: from_signed(images)[:, 0].float().cpu().numpy()
     columns = asked.vector.tolist(), grey(asked.input), grey(one_step(self.ema.network, asked, self.config)), grey(asked.target)
     sheet = view_sheet([Comparison(f"fold 6, pair {i + 1}", tuple(vector), *images) for i, (vector, *images) in enumerate(zip(*columns)) if i < views])
-    with write_beside(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
+    with atomic_file(self.folder/"pictures"/f"{self.step:08d}.png") as temporary: sheet.savefig(temporary)
 
 # %% ../nbs/09_train.ipynb #855bb38d
 class StopAsked:
@@ -902,7 +902,7 @@ def fit(self: Trainer,
     if self.worn_out(): return "patience"
     main, before, end = self.accelerator.is_main_process, self.seconds, ""
     self.folder.mkdir(parents=True, exist_ok=True)
-    with alone(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop, readers():
+    with folder_lock(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop, readers():
         log = Log(self.folder, self.step, self.machine.tensorboard) if main else None
         bar = progress_bar(self.batches(), total=self.config.steps - self.step, display=main)
         said, waited, start = [], 0.0, time.monotonic()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import RadRotatorError, write_beside
+from .core import RadRotatorError, atomic_file
 from .diffusion import STEPS
 from .geometry import CONVENTION, LIMIT
 from .lift import Lift, LiftConfig
@@ -254,7 +254,7 @@ def save_weights(
     metadata = dict(convention=CONVENTION, kind=kind, config=json.dumps(asdict(network.config)), about=json.dumps(about))
     tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in network.state_dict().items()}
     try:
-        with write_beside(path) as temporary: save_file(tensors, temporary, metadata)
+        with atomic_file(path) as temporary: save_file(tensors, temporary, metadata)
     except SafetensorError as error: raise RadRotatorError(f"cannot write {path}: {error}; make room, or choose another place") from None
 
 # %% ../nbs/07_unet.ipynb #8661575c

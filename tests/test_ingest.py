@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from radrotator import ct as room
-from radrotator.core import RadRotatorError, each
+from radrotator.core import RadRotatorError, parallel_map
 from radrotator.ct import CONDITIONS, CT, REASONS, IngestConfig, Journal, ingest, read_ct, read_report, write_ct
 from radrotator.phantom import LABELS, phantom, skeleton
 
@@ -450,7 +450,7 @@ def deadly(number):
 
 
 def test_a_worker_that_dies_costs_one_job():
-    found = list(each(deadly, list(range(12)), 2))
+    found = list(parallel_map(deadly, list(range(12)), 2))
     assert sorted(found) == sorted((n, None if n == 5 else -n) for n in range(12))
 
 
@@ -526,7 +526,7 @@ def test_a_report_with_spaces_and_semicolons_is_the_same_report(place):
 
 
 def test_two_ingests_at_once(place):
-    from radrotator.core import alone
+    from radrotator.core import folder_lock
     slices(place/"src"/"s")
     (place/"out").mkdir()
-    with alone(place/"out"), pytest.raises(RadRotatorError, match="another process"): ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)
+    with folder_lock(place/"out"), pytest.raises(RadRotatorError, match="another process"): ingest([place/"src"], place/"out", place/"r.csv", EASY, workers=0)

@@ -10,7 +10,7 @@ from imageio_ffmpeg import get_ffmpeg_exe, read_frames
 from PIL import Image
 
 from radrotator import rotate
-from radrotator.core import RadRotatorError, RadRotatorWarning, alone
+from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
 from radrotator.lift import Lift, LiftConfig
 from radrotator.radiograph import Radiograph
 from radrotator.radiograph import burn_mark
@@ -318,7 +318,7 @@ def test_speed_and_way_back_may_be_chosen_anew(begun, tmp_path):
 
 
 def test_two_at_once_are_refused(begun):
-    with alone(begun.with_name(".turn.mp4.frames")), pytest.raises(RadRotatorError, match="another process"): write(begun, resume=True)
+    with folder_lock(begun.with_name(".turn.mp4.frames")), pytest.raises(RadRotatorError, match="another process"): write(begun, resume=True)
 
 
 def test_nothing_is_overwritten(tmp_path):
