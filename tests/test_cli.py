@@ -14,7 +14,7 @@ from test_bad_files import HEADERS, dicom
 
 from radrotator.cli import PICTURES, STORY, TITLE, app, examples_of, main
 from radrotator.ct import CT, write_ct
-from radrotator.evaluate import UNSEEN
+from radrotator.evaluate.patients import FIRST_TEST_SEED
 from radrotator.lift import Lift, LiftConfig
 from radrotator.radiograph import Radiograph
 from radrotator.unet import UNet, UNetConfig, load_weights, save_weights
@@ -406,7 +406,7 @@ def test_demo_twice(here, capfd, monkeypatch):
     seeds, coarse = [], radrotator.phantom.phantom
     monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
-    assert seeds == [UNSEEN, UNSEEN + 1]  # not among the seeds that training draws
+    assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
     assert table.startswith(TITLE) and "frontal pelvis phantoms only" in table
     for item in ("phantom", "chest CT", "CT 1", "radiograph 1"): assert table.count(f"\n| {item} ") == 3
