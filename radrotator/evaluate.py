@@ -39,15 +39,15 @@ from .ct import CT, read_ct
 from .drr import Physics, Renderer, Siddon, attenuation, fit_fov, recentre, truncated
 from .geometry import AXES, LIMIT, CArm, inside_frame, rotation, slab_depths, slab_planes, turn_between
 from .geometry import turn_slabs
-from .heads import lift_picture, turn_lifted
-from .lift import Shares
+from .model.heads import lift_picture, turn_lifted
+from .model.lift import Shares
 from .pairs import cts_in, dense_part, read_folds, unit_range
 from .phantom import BoneAtlas, phantom
 from .radiograph import Radiograph, resize
 from .rotate import RadRotator
-from .train import Comparison, image_tag, page, table_tag, view_sheet
-from .transforms import match_histogram
-from .unet import save_weights
+from .train.trainer import Comparison, image_tag, page, table_tag, view_sheet
+from .tone import match_histogram
+from .model.weights import save_weights
 
 # %% ../nbs/12_evaluate.ipynb #b008d669
 def skill(
