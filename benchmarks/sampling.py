@@ -18,8 +18,8 @@ from torch import nn
 
 from radrotator.core import markdown_table
 from radrotator.rotate import RadRotator, turn
-from radrotator.sample import SOLVERS, ddim, guided, time_steps
-from radrotator.unet import UNet, UNetConfig
+from radrotator.model.sample import SOLVERS, ddim, guided, time_steps
+from radrotator.model.unet import UNet, UNetConfig
 
 SIDES = "Mediffusion, fp32", "ours, fp32", "ours, bf16"
 

@@ -17,11 +17,11 @@ from radrotator.evaluate.judge import judge
 from radrotator.evaluate.patients import atlas_patients, ct_patients
 from radrotator.evaluate.protocol import Protocol
 from radrotator.evaluate.report import save_release, write_report
-from radrotator.losses import LiftingConfig
+from radrotator.train.losses import LiftingConfig
 from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
 from radrotator.radiograph import Radiograph
 from radrotator.rotate import RadRotator, fit_known, training_pictures
-from radrotator.train import with_settings
+from radrotator.train.trainer import with_settings
 
 SHIPPED = "patients", "headline", "styles", "depth"  # figures that the weights file carries
 

@@ -23,9 +23,9 @@ import torch
 
 from radrotator.core import markdown_table
 from radrotator.pairs import TRAIN, Batch, PhantomPlan, phantom_jobs
-from radrotator.train import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
-from radrotator.lift import Lift, LiftConfig
-from radrotator.unet import UNetConfig, count_operations
+from radrotator.train.trainer import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
+from radrotator.model.lift import Lift, LiftConfig
+from radrotator.model.unet import UNetConfig, count_operations
 from torch.utils.flop_counter import FlopCounterMode
 from sampling import drawn, given, mediffusion
 

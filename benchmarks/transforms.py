@@ -12,7 +12,7 @@ import argparse, os, statistics, sys, time
 import numpy as np, torch
 from skimage.exposure import match_histograms
 
-from radrotator.transforms import _match_by_sorting, match_ranks, noise_values, rand_histogram_shift
+from radrotator.train.histogram import _match_by_sorting, match_ranks, noise_values, rand_histogram_shift
 
 SMALL = 32
 

@@ -600,7 +600,7 @@ def recipe_of(
     asked: Asked,  # as completed
 ) -> tuple:        # `TrainConfig`, and settings of the data by their names
     "The recipe that is meant."
-    from radrotator.train import PRESETS, with_settings
+    from radrotator.train.trainer import PRESETS, with_settings
     name = asked.preset
     if name not in PRESETS: raise RadRotatorError(f"there is no preset {name!r}; choose {' or '.join(PRESETS)}")
     settings = {key: value for key, value in (asked.set or {}).items() if not key.startswith("data.")}
@@ -664,7 +664,7 @@ def feeds_of(
 ) -> tuple:         # pairs to train on; pairs of fold 6, or None; of CTs to watch, or None; and what weights say of them
     "The pairs that are meant, and where they come from."
     from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
-    from radrotator.train import from_jobs, from_sets, to_watch, with_settings
+    from radrotator.train.trainer import from_jobs, from_sets, to_watch, with_settings
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
     if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
@@ -758,7 +758,7 @@ def begin(
     asked = completed(out, asked, resume)
     check_bones(asked.bones)
     from radrotator.rotate import pick_device
-    from radrotator.train import Machine, Trainer, checkpoints, initial, join
+    from radrotator.train.trainer import Machine, Trainer, checkpoints, initial, join
     config, of_data = recipe_of(asked)
     if asked.init and not checkpoints(out): initial(asked.init, config)   # before minutes of work
     device = pick_device(device)
@@ -812,7 +812,7 @@ def report_command(
     "Draw a training run as one HTML file."
     if out is not None: check_name(out, (".html",))
     with working("drawing"):
-        from radrotator.train import report
+        from radrotator.train.trainer import report
         text, out = report(folder), out or folder/"report.html"
     with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
@@ -850,7 +850,7 @@ def evaluate_command(
     from radrotator.evaluate.protocol import Protocol
     from radrotator.evaluate.report import write_report
     from radrotator.rotate import pick_device
-    from radrotator.train import join, with_settings
+    from radrotator.train.trainer import join, with_settings
     asked, device, began = with_settings(Protocol(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
@@ -877,7 +877,9 @@ def convert_command(
     "Make weights of a checkpoint of Mediffusion."
     check_name(out, (".safetensors",))
     with working("converting"):
-        from radrotator.unet import count_parameters, load_mediffusion, save_weights
+        from radrotator.model.unet import count_parameters
+        from radrotator.model.weights import save_weights
+        from radrotator.model.mediffusion import load_mediffusion
         network = load_mediffusion(checkpoint, ema, size, heads, condition_scale)
         save_weights(network, out, dict(source="Mediffusion", sha256=sha256(checkpoint), ema=ema, sampling=dict(steps=200, guidance=4.0)))
     return Result(f"wrote {out}: {count_parameters(network):,} parameters; 200 DDIM steps with guidance 4, as in the paper, are their default",
@@ -977,7 +979,7 @@ def write_item(
     "The sheet of an item, and its pictures one by one."
     import numpy as np
     from radrotator.geometry import AXES
-    from radrotator.train import view_sheet
+    from radrotator.train.trainer import view_sheet
     from radrotator.radiograph import Radiograph, write_picture
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
@@ -1114,7 +1116,7 @@ def weights_found(
     "The weights that come with the package."
     from importlib.resources import files
     from radrotator.rotate import RadRotator
-    from radrotator.unet import count_parameters
+    from radrotator.model.unet import count_parameters
     def known(path):
         model = RadRotator.from_file(path, "cpu")
         return dict(name=path.stem, bytes=path.stat().st_size, parameters=count_parameters(model.network), size=model.size, commit=model.about.get("commit"), fingerprint=model.fingerprint(), sha256=sha256(path))

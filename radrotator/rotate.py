@@ -28,16 +28,18 @@ from scipy.stats import rankdata
 from . import __version__
 from .core import RadRotatorError, RadRotatorWarning, folder_lock, check_output, rng, atomic_file
 from .geometry import AXES, LIMIT, check_angles
-from .heads import Lifted, lift_picture, turn_lifted
-from .lift import Lift, sample_shares
-from .losses import LiftingConfig, ask
+from .model.heads import Lifted, lift_picture, turn_lifted
+from .model.lift import Lift, sample_shares
+from .train.losses import LiftingConfig, ask
 from .pairs import Pairs
 from .radiograph import TITLE, Radiograph, burn_mark, read_radiograph, resize, restore, write_picture
-from .sample import SOLVERS, fixed_noise, guided, time_steps
-from .transforms import TransformConfig, from_signed, kumaraswamy, match_histogram, through_curve, to_signed
-from .transforms import training_transforms
+from .model.sample import SOLVERS, fixed_noise, guided, time_steps
+from .train.transforms import TransformConfig
+from .tone import from_signed, kumaraswamy, match_histogram, through_curve, to_signed
+from .train.transforms import training_transforms
 from .tone import ToneCurve
-from .unet import UNet, load_weights
+from .model.unet import UNet
+from .model.weights import load_weights
 
 # %% ../nbs/11_rotate.ipynb #af88f97c
 def pick_device(

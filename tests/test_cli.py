@@ -15,9 +15,10 @@ from test_bad_files import HEADERS, dicom
 from radrotator.cli import PICTURES, STORY, TITLE, app, examples_of, main
 from radrotator.ct import CT, write_ct
 from radrotator.evaluate.patients import FIRST_TEST_SEED
-from radrotator.lift import Lift, LiftConfig
+from radrotator.model.lift import Lift, LiftConfig
 from radrotator.radiograph import Radiograph
-from radrotator.unet import UNet, UNetConfig, load_weights, save_weights
+from radrotator.model.unet import UNet, UNetConfig
+from radrotator.model.weights import load_weights, save_weights
 
 WEIGHTS = "--weights", "untrained.safetensors"   # they lift
 DRAWING = "--weights", "drawing.safetensors"     # they draw views, told the rotation, as in the paper
@@ -474,7 +475,7 @@ def material(here, monkeypatch):
     "What these lines read"
     import radrotator.phantom
     from radrotator.ct import read_ct
-    from radrotator.unet import to_mediffusion
+    from radrotator.model.mediffusion import to_mediffusion
     coarse = radrotator.phantom.phantom
     monkeypatch.setattr("radrotator.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
     if (here/"json").exists(): return
@@ -663,7 +664,7 @@ def test_completion_by_protocol(shell):
 
 
 def test_what_is_completed_is_what_can_be_chosen():
-    from radrotator.sample import SOLVERS
-    from radrotator.train import PRESETS
+    from radrotator.model.sample import SOLVERS
+    from radrotator.train.trainer import PRESETS
     offered = lambda name, option: [item.value for item in next(p for p in COMMANDS[name].params if option in p.opts).shell_complete(COMMANDS[name].make_context(name, [], resilient_parsing=True), "")]
     assert offered("rotate", "--solver") == [*SOLVERS] and offered("train", "--preset") == [*PRESETS]

@@ -5,8 +5,8 @@ from unittest.mock import patch
 
 import pytest, torch
 
-from radrotator.diffusion import ALPHA_BAR, LAST, STEPS, add_noise, clean_from, log_variance, noise_from, reverse_step, variance_loss, velocity, velocity_loss
-from radrotator.sample import ddim, ddim_inversion, ddpm, denoiser, guide, time_steps
+from radrotator.model.diffusion import ALPHA_BAR, LAST, STEPS, add_noise, clean_from, log_variance, noise_from, reverse_step, variance_loss, velocity, velocity_loss
+from radrotator.model.sample import ddim, ddim_inversion, ddpm, denoiser, guide, time_steps
 
 EVERY = torch.arange(STEPS)
 
@@ -87,9 +87,9 @@ def test_loss_is_mediffusions_and_its_variance_output_learns(theirs, process):
 
 
 def test_variance_head_of_a_network_learns():
-    from radrotator.train import TrainConfig, joined, loss_of, questions
+    from radrotator.train.trainer import TrainConfig, joined, loss_of, questions
     from radrotator.pairs import Batch
-    from radrotator.unet import UNet, UNetConfig
+    from radrotator.model.unet import UNet, UNetConfig
     torch.manual_seed(0)
     config = TrainConfig(UNetConfig(size=16, channels=8, multipliers=(1, 2), attention=(2,), heads=2, groups=4, conditions=3))
     network = UNet(config.unet)

@@ -10,7 +10,8 @@ import torch
 from radrotator.cli import main
 from radrotator.ct import read_ct, write_ct
 from radrotator.phantom import phantom
-from radrotator.unet import UNet, UNetConfig, save_weights
+from radrotator.model.unet import UNet, UNetConfig
+from radrotator.model.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
 QUIET = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT)))

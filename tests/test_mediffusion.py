@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from radrotator.core import RadRotatorError
-from radrotator.diffusion import STEPS, add_noise, velocity, velocity_loss
-from radrotator.sample import ddim, guided, time_steps
-from radrotator.unet import UNet, UNetConfig, count_parameters, load_mediffusion, load_weights, save_weights, to_mediffusion
+from radrotator.model.diffusion import STEPS, add_noise, velocity, velocity_loss
+from radrotator.model.sample import ddim, guided, time_steps
+from radrotator.model.unet import UNet, UNetConfig, count_parameters
+from radrotator.model.weights import load_weights, save_weights
+from radrotator.model.mediffusion import load_mediffusion, to_mediffusion
 
 SMALL = UNetConfig(size=32, channels=32, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), heads=2, condition_scale=1.0)
 TIMES = torch.tensor([0, 1, 500, 998, 999])

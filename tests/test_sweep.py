@@ -11,11 +11,11 @@ from PIL import Image
 
 from radrotator import rotate
 from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
-from radrotator.lift import Lift, LiftConfig
+from radrotator.model.lift import Lift, LiftConfig
 from radrotator.radiograph import Radiograph
 from radrotator.radiograph import burn_mark
 from radrotator.rotate import RadRotator, eight_bits, for_film, montage
-from radrotator.unet import UNet, UNetConfig
+from radrotator.model.unet import UNet, UNetConfig
 
 FRAMES = 11  # of the sweeps here: two batches of four, and three frames
 

@@ -13,8 +13,8 @@ from radrotator.cli import main
 from radrotator.ct import CT, write_ct
 from radrotator.geometry import CArm
 from radrotator.pairs import draw_poses, write_set
-from radrotator.train import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
-from radrotator.unet import load_weights
+from radrotator.train.trainer import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
+from radrotator.model.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 QUIET = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT)))
@@ -59,9 +59,9 @@ def child(words, out, env={}, at=None, after=None):
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
 if __name__ == "__main__":  # the processes are forked, since to import torch takes longer than all the rest
-    import accelerate, torch._dynamo, radrotator.cli, radrotator.train
+    import accelerate, torch._dynamo, radrotator.cli, radrotator.train.trainer
     with contextlib.redirect_stdout(None): radrotator.cli.main(["train", "--help"])
-    radrotator.train.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
+    radrotator.train.trainer.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
     gc.freeze()             # or every process would copy all this as it looks for garbage
     for line in sys.stdin:
         asked = json.loads(line)

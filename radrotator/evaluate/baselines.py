@@ -6,7 +6,7 @@
 __all__ = ['NOTHING', 'AFFINE', 'ORACLE', 'POPULATION', 'best_affine', 'baselines', 'oracle_views', 'population_views',
            'depth_baselines']
 
-# %% ../../nbs/41_evaluate/04_baselines.ipynb #2c34a278
+# %% ../../nbs/41_evaluate/04_baselines.ipynb #37213547
 from dataclasses import replace
 
 import numpy as np, torch
@@ -16,8 +16,8 @@ from ..ct import CT
 from ..drr import Renderer
 from .views import SCALE, View, group_by_input
 from ..geometry import CArm, slab_depths, slab_planes, turn_slabs
-from ..heads import lift_picture, turn_lifted
-from ..lift import Shares
+from ..model.heads import lift_picture, turn_lifted
+from ..model.lift import Shares, crop_middle
 
 # %% ../../nbs/41_evaluate/04_baselines.ipynb #b71683de
 def affine_turn(
@@ -62,15 +62,6 @@ POPULATION = "population shares (no network)"
 
 # %% ../../nbs/41_evaluate/04_baselines.ipynb #f427ba64
 SLABS = 24  # of the oracle, where the model has none
-
-# %% ../../nbs/41_evaluate/04_baselines.ipynb #76147450
-def crop_middle(
-    canvas: torch.Tensor,  # (…, C, C)
-    size: int,             # S ≤ C
-) -> torch.Tensor:         # (…, S, S)
-    "Cut out the middle of a canvas."
-    off = (canvas.shape[-1] - size)//2
-    return canvas[..., off:off + size, off:off + size]
 
 # %% ../../nbs/41_evaluate/04_baselines.ipynb #12f6a14f
 def oracle_views(

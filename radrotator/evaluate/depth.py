@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['depth_errors']
 
-# %% ../../nbs/41_evaluate/09_depth.ipynb #cdd5b11e
+# %% ../../nbs/41_evaluate/09_depth.ipynb #428a4f8b
 import numpy as np, torch
 
 from ..ct import CT
 from ..drr import Renderer
-from .baselines import crop_middle
 from .views import SCALE
 from ..geometry import CArm, slab_depths, slab_planes
+from ..model.lift import crop_middle
 from ..pairs import dense_part
 from ..radiograph import Radiograph
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CENTRE', 'to_json', 'group_figures', 'overview_table', 'judge_page', 'write_report', 'save_release']
 
-# %% ../../nbs/41_evaluate/13_report.ipynb #832554f7
+# %% ../../nbs/41_evaluate/13_report.ipynb #e62e64d4
 import json
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from ..geometry import AXES
 from ..html import render_page
 from ..register.register import JUDGED
 from ..rotate import RadRotator
-from ..train import view_sheet
-from ..unet import save_weights
+from ..train.trainer import view_sheet
+from ..model.weights import save_weights
 
 # %% ../../nbs/41_evaluate/13_report.ipynb #41801605
 CENTRE = ("the point that the input determines: the middle of the picture, and in depth where the attenuation that it "

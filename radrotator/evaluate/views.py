@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'SCALE', 'View', 'true_views', 'ask_model', 'turned_views']
 
-# %% ../../nbs/41_evaluate/01_views.ipynb #564e8f7d
+# %% ../../nbs/41_evaluate/01_views.ipynb #79cd793b
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,8 +19,8 @@ from .metrics import fine_energy, gradient_correlation, ncc, psnr, skill
 from ..geometry import AXES, CArm, inside_frame, rotation, turn_between
 from ..radiograph import Radiograph
 from ..register.pose import compose_poses
-from ..train import Comparison
-from ..transforms import match_histogram
+from ..train.trainer import Comparison
+from ..tone import match_histogram
 
 # %% ../../nbs/41_evaluate/01_views.ipynb #c1d652fb
 @lru_cache(maxsize=512)
