@@ -23,7 +23,8 @@ def poses():
 def panels(model, soft):
     "For each pose the input, the rotated and the true view of the unseen phantom, on one scale of greys"
     import numpy as np
-    from radrotator.drr import Renderer, fit_fov
+    from radrotator.drr.frame import fit_fov
+    from radrotator.drr.render import Renderer
     from radrotator.evaluate.views import SCALE
     from radrotator.geometry import CArm
     from radrotator.phantom import phantom

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 
 from radrotator.ct import read_ct
-from radrotator.drr import Renderer, relative_l2
+from radrotator.drr.render import Renderer, relative_l2
 from radrotator.geometry import CArm
 from radrotator.core import markdown_table
 from radrotator.pairs import SetPlan, draw_poses, write_set

@@ -427,7 +427,7 @@ def fitted(
     poses=None,  # (N, 3) degrees that must be possible; None: all within ±15°
 ):               # `CArm` with a field of view in which the CT has no end
     "Fit the field of view, and name the file that is too short for any."
-    from radrotator.drr import fit_fov
+    from radrotator.drr.frame import fit_fov
     try: return fit_fov(ct, carm, poses)
     except RadRotatorError as error: raise RadRotatorError(f"{path}: {error}") from None
 
@@ -439,7 +439,7 @@ def centred(
     centre: str,  # "picture" or "volume"
 ):                # (`CT`, `CArm`): turning about that centre, with a field of view in which it has no end
     "Fit the field of view, and let the patient turn about the centre that is meant."
-    from radrotator.drr import recentre
+    from radrotator.drr.centre import recentre
     if centre not in ("picture", "volume"): raise RadRotatorError(f"cannot turn patients about {centre!r}: there is no such centre. Choose picture or volume.")
     carm = fitted(ct, carm, path)
     if centre == "volume": return ct, carm
@@ -463,7 +463,8 @@ def drr_command(
     check_name(out)
     if kerma is not None and kvp is None: raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
     from radrotator.ct import read_ct
-    from radrotator.drr import Physics, render
+    from radrotator.drr.physics import Physics
+    from radrotator.drr.render import render
     from radrotator.geometry import CArm, check_angles
     from radrotator.radiograph import Radiograph, to_unit
     pose = check_angles(x, y, z)
@@ -924,7 +925,7 @@ def ct_item(
 ) -> Item:
     "Turn the frontal DRR of a CT about each axis, beside the truth."
     import numpy as np
-    from radrotator.drr import fit_fov
+    from radrotator.drr.frame import fit_fov
     from radrotator.evaluate.views import turned_views
     from radrotator.geometry import CArm
     turns = np.eye(3)*TURN

@@ -27,7 +27,11 @@ from fastcore.basics import patch
 from . import __version__
 from .core import RadRotatorError, folder_lock, signals_blocked, parallel_map, end_with_parent, detach_from_group, rng, sha256, atomic_file
 from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
-from .drr import MU_WATER, Physics, Renderer, fit_fov, recentre
+from .drr.attenuation import MU_WATER
+from .drr.centre import recentre
+from .drr.frame import fit_fov
+from .drr.physics import Physics
+from .drr.render import Renderer
 from .geometry import AXES, CONVENTION, CArm, rotation, slab_planes
 from .phantom import LABELS, BoneAtlas, member, phantom
 

@@ -182,7 +182,8 @@ def test_weights_that_lift_stand_between_no_network_and_perfect_depth(soft):
 
 
 def test_black_is_not_taken_away_and_brighter_views_are_not_cut():
-    from radrotator.drr import Renderer, recentre
+    from radrotator.drr.centre import recentre
+    from radrotator.drr.render import Renderer
     from radrotator.evaluate.views import SCALE, true_views
     from radrotator.geometry import CArm
     carm = CArm(size=48, fov=150)                                                               # nowhere air

@@ -6,7 +6,8 @@ import pytest
 from scipy import ndimage, special
 
 from radrotator.ct import read_ct
-from radrotator.drr import Renderer, fit_fov, render
+from radrotator.drr.frame import fit_fov
+from radrotator.drr.render import Renderer, render
 from radrotator.geometry import CArm
 from radrotator.register.pose import rotation_error
 from radrotator.register.register import JUDGED, Registrar

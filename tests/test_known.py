@@ -7,7 +7,7 @@ from PIL import Image
 
 from radrotator.core import shared_data
 from radrotator.ct import read_ct
-from radrotator.drr import render
+from radrotator.drr.render import render
 from radrotator.geometry import CArm
 from radrotator.pairs import unit_range
 from radrotator.phantom import BoneAtlas, phantom

@@ -9,7 +9,7 @@ import torch
 
 from radrotator.core import RadRotatorError, sha256, shared_data
 from radrotator.ct import CT, write_ct
-from radrotator.drr import Renderer
+from radrotator.drr.render import Renderer
 from radrotator.geometry import CArm
 from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest, write_set
 

@@ -13,7 +13,7 @@ import numpy as np, torch
 from scipy import ndimage, optimize
 
 from ..ct import CT
-from ..drr import Renderer
+from ..drr.render import Renderer
 from .views import SCALE, View, group_by_input
 from ..geometry import CArm, slab_depths, slab_planes, turn_slabs
 from ..model.heads import lift_picture, turn_lifted

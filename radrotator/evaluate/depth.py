@@ -9,7 +9,7 @@ __all__ = ['depth_errors']
 import numpy as np, torch
 
 from ..ct import CT
-from ..drr import Renderer
+from ..drr.render import Renderer
 from .views import SCALE
 from ..geometry import CArm, slab_depths, slab_planes
 from ..model.lift import crop_middle

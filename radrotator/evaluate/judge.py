@@ -13,7 +13,8 @@ import numpy as np
 
 from ..core import RadRotatorError, RadRotatorWarning
 from ..ct import CT
-from ..drr import fit_fov, recentre, truncated
+from ..drr.centre import recentre
+from ..drr.frame import fit_fov, truncated
 from .baselines import depth_baselines
 from .consistency import cycle_errors, spread_over_seeds, sweep_figures
 from .depth import depth_errors

@@ -16,7 +16,7 @@ from skimage.exposure import equalize_adapthist
 
 from ..core import RadRotatorWarning
 from ..ct import CT
-from ..drr import Physics
+from ..drr.physics import Physics
 from .protocol import Protocol, pure_turns
 from .rows import angle_errors, view_row
 from .views import SCALE, View, ask_model, true_views

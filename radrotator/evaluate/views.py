@@ -14,7 +14,9 @@ from fastcore.basics import patch
 from skimage.metrics import structural_similarity
 
 from ..ct import CT
-from ..drr import Physics, Renderer, fit_fov
+from ..drr.frame import fit_fov
+from ..drr.physics import Physics
+from ..drr.render import Renderer
 from .metrics import fine_energy, gradient_correlation, ncc, psnr, skill
 from ..geometry import AXES, CArm, inside_frame, rotation, turn_between
 from ..radiograph import Radiograph

@@ -12,7 +12,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..ct import CT
-from ..drr import Renderer, Siddon, attenuation
+from ..drr.attenuation import attenuation
+from ..drr.render import Renderer
+from ..drr.siddon import Siddon
 from ..geometry import CArm, rotation
 
 # %% ../../nbs/40_register/01_derivative.ipynb #784e2749
