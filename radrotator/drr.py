@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch.nn import functional
 
 from .core import RadRotatorError, rng
-from .ct import CT
+from .ct.volume import CT
 from .geometry import LIMIT, CArm, rays, rotation
 
 # %% ../nbs/03_drr.ipynb #c9afd18f

@@ -35,7 +35,8 @@ from skimage.exposure import equalize_adapthist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .core import RadRotatorError, RadRotatorWarning, rng
-from .ct import CT, read_ct
+from .ct.read import read_ct
+from .ct.volume import CT
 from .drr import Physics, Renderer, Siddon, attenuation, fit_fov, recentre, truncated
 from .geometry import AXES, LIMIT, CArm, inside_frame, rotation, slab_depths, slab_planes, turn_between
 from .geometry import turn_slabs
@@ -43,7 +44,7 @@ from .heads import lift_picture, turn_lifted
 from .lift import Shares
 from .pairs import cts_in, dense_part, read_folds, unit_range
 from .phantom import BoneAtlas, phantom
-from .radiograph import Radiograph, resize
+from .radiograph.image import Radiograph, resize
 from .rotate import RadRotator
 from .train import Comparison, image_tag, page, table_tag, view_sheet
 from .transforms import match_histogram

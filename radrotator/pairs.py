@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT', 'DENSE', 'draw_couple', 'six_vectors',
-           'draw_triple', 'draw_poses', 'patient_strata', 'assign_folds', 'sweep', 'write_table', 'read_folds',
-           'write_folds', 'SetPlan', 'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set',
-           'read_set', 'Batch', 'unit_range', 'draw_views', 'Pairs', 'check_separation', 'sets_in', 'PairDataset',
-           'Job', 'report_row', 'make_set', 'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in',
-           'header_row', 'ct_jobs', 'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets',
-           'upcoming', 'Ahead', 'OnTheFlyPairs', 'SlabBatch', 'dense_part', 'SlabSource', 'OnTheFlySlabs']
+           'draw_triple', 'draw_poses', 'patient_strata', 'assign_folds', 'read_folds', 'write_folds', 'SetPlan',
+           'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set', 'read_set', 'Batch',
+           'unit_range', 'draw_views', 'Pairs', 'check_separation', 'sets_in', 'PairDataset', 'Job', 'report_row',
+           'make_set', 'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in', 'header_row', 'ct_jobs',
+           'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets', 'upcoming', 'Ahead',
+           'OnTheFlyPairs', 'SlabBatch', 'dense_part', 'SlabSource', 'OnTheFlySlabs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
 import atexit, csv, hashlib, json, multiprocessing, re, threading, time, weakref
@@ -26,7 +26,11 @@ from fastcore.basics import patch
 
 from . import __version__
 from .core import RadRotatorError, folder_lock, signals_blocked, parallel_map, end_with_parent, detach_from_group, rng, sha256, atomic_file
-from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
+from .core import read_csv as table_rows
+from .ct.describe import describe_nifti
+from .ct.nifti import stem_of
+from .ct.read import read_ct
+from .ct.volume import CT, Refusal
 from .drr import MU_WATER, Physics, Renderer, fit_fov, recentre
 from .geometry import AXES, CONVENTION, CArm, rotation, slab_planes
 from .phantom import LABELS, BoneAtlas, member, phantom
@@ -107,23 +111,10 @@ def assign_folds(
     return folds
 
 # %% ../nbs/04_pairs.ipynb #ff05f399
-def sweep(
-    folder: Path,  # in which nobody else is writing
-):
-    "Remove what a killed process left half-written (see `atomic_file`)."
-    for left in folder.glob(".*-*"): left.unlink(missing_ok=True)
+from .core import remove_leftovers as sweep
 
 # %% ../nbs/04_pairs.ipynb #507b8988
-def write_table(
-    path: Path,  # .csv
-    columns,     # their names
-    rows,        # dicts with these keys
-):
-    "Write rows as a table."
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(rows)
+from .core import write_csv as write_table
 
 # %% ../nbs/04_pairs.ipynb #dfa32249
 def read_folds(

@@ -32,7 +32,9 @@ from .heads import Lifted, lift_picture, turn_lifted
 from .lift import Lift, sample_shares
 from .losses import LiftingConfig, ask
 from .pairs import Pairs
-from .radiograph import TITLE, Radiograph, burn_mark, read_radiograph, resize, restore, write_picture
+from .radiograph.image import Radiograph, resize, restore
+from .radiograph.read import read_radiograph
+from .radiograph.write import TITLE, burn_mark, write_picture
 from .sample import SOLVERS, fixed_noise, guided, time_steps
 from .transforms import TransformConfig, from_signed, kumaraswamy, match_histogram, through_curve, to_signed
 from .transforms import training_transforms

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, special
 
-from radrotator.ct import read_ct
+from radrotator.ct.read import read_ct
 from radrotator.drr import Renderer, fit_fov, render
 from radrotator.geometry import CArm
 from radrotator.evaluate import JUDGED, Registrar, rotation_error
