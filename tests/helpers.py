@@ -1,4 +1,4 @@
-"""What several tests and notebooks make: a body that has a left and a right, DICOM files with a patient in them, series."""
+"""What several tests and notebooks make: a body that has a left and a right, DICOM files with a patient, CT series."""
 import gzip, io, warnings
 
 import nibabel as nib
@@ -19,6 +19,7 @@ PATIENT = dict(
     ReferringPhysicianName="Doctor^Who",
 )  # in the header of every DICOM file made here, and nowhere else
 
+LITTLE_ENDIAN = uid.ExplicitVRLittleEndian
 CLASSES = dict(
     CT=uid.CTImageStorage,
     CR=uid.ComputedRadiographyImageStorage,
@@ -28,11 +29,11 @@ CLASSES = dict(
 
 # ---- DICOM -----------------------------------------------------------------------------------------------------------
 
-def make_dicom(stored, modality="DX", bits=None, stream=None, syntax=uid.ExplicitVRLittleEndian, compress=None, **header):
+def make_dicom(stored, modality="DX", bits=None, stream=None, syntax=LITTLE_ENDIAN, compress=None, **header):
     "A DICOM dataset of stored values (H, W) or (frames, H, W), or of a stream that another encoder made"
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian if compress else syntax
+    ds.file_meta.TransferSyntaxUID = LITTLE_ENDIAN if compress else syntax
     ds.SOPClassUID = CLASSES.get(modality, uid.DigitalXRayImageStorageForPresentation)
     ds.SOPInstanceUID = uid.generate_uid()
     ds.StudyInstanceUID = uid.generate_uid()
@@ -65,7 +66,8 @@ def save_dicom(ds, file):
     syntax = ds.file_meta.TransferSyntaxUID
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ds.save_as(file, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian, enforce_file_format=True)
+        form = dict(implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+        ds.save_as(file, **form, enforce_file_format=True)
     return file
 
 
@@ -137,7 +139,10 @@ def frame_place(ds):
     return dict(
         PlanePositionSequence=make_sequence(ImagePositionPatient=ds.ImagePositionPatient),
         PlaneOrientationSequence=make_sequence(ImageOrientationPatient=ds.ImageOrientationPatient),
-        PixelValueTransformationSequence=make_sequence(RescaleSlope=ds.RescaleSlope, RescaleIntercept=ds.RescaleIntercept),
+        PixelValueTransformationSequence=make_sequence(
+            RescaleSlope=ds.RescaleSlope,
+            RescaleIntercept=ds.RescaleIntercept,
+        ),
     )
 
 
