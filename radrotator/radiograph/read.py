@@ -146,7 +146,7 @@ def kind_of(
     is_nifti = head[344:347] in (b"n+1", b"ni1") or head[4:7] == b"n+2"
     return "nifti" if is_nifti or str(path).lower().endswith((".nii", ".nii.gz")) else "unknown"
 
-# %% ../../nbs/30_radiograph/01_read.ipynb #5a3a31cb
+# %% ../../nbs/30_radiograph/01_read.ipynb #e8874e6a
 def read_by_kind(
     path,        # an existing file
     frame,       # of several, counted from 1; None: the only one
@@ -160,7 +160,7 @@ def read_by_kind(
     if kind == "nifti":
         reason = "it is a volume (NIfTI), not a radiograph. Make a radiograph of a CT with `radrotator drr`."
         raise file_error(path, reason, "NOT_A_RADIOGRAPH")
-    reason = "it is no DICOM, PNG, TIFF or JPEG file, whatever its name says, or it is empty. Give a radiograph."
+    reason = "it is not a DICOM, PNG, TIFF or JPEG file, whatever its name says, or it is empty. Give one."
     raise file_error(path, reason, "UNREADABLE")
 
 # %% ../../nbs/30_radiograph/01_read.ipynb #9810e2eb
