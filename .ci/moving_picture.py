@@ -28,7 +28,7 @@ def panels(model, soft):
     from radrotator.evaluate.views import SCALE
     from radrotator.geometry import CArm
     from radrotator.phantom import phantom
-    from radrotator.radiograph import Radiograph
+    from radrotator.radiograph.write import Radiograph
     ct = phantom(UNSEEN, spacing=2.0, soft=soft)
     each, which = np.unique(poses(), axis=0, return_inverse=True)
     carm, renderer = fit_fov(ct, CArm(size=SIZE, fov=300.0), each), Renderer(ct)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from radrotator.ct import read_ct
+from radrotator.ct.read import read_ct
 from radrotator.drr.render import Renderer, relative_l2
 from radrotator.geometry import CArm
 from radrotator.core import markdown_table

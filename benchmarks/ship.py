@@ -19,7 +19,7 @@ from radrotator.evaluate.protocol import Protocol
 from radrotator.evaluate.report import save_release, write_report
 from radrotator.train.losses import LiftingConfig
 from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
-from radrotator.radiograph import Radiograph
+from radrotator.radiograph.image import Radiograph
 from radrotator.rotate import RadRotator, fit_known, training_pictures
 from radrotator.train.trainer import with_settings
 

@@ -326,7 +326,7 @@ def phantom_command(
     spacing: Annotated[float, typer.Option(min=0.5, max=8, callback=finite, help="voxel size, mm")] = 2.0,  # mm
 ) -> Result:
     "Make a synthetic CT of a pelvis. The labels go beside it."
-    from radrotator.ct import stem_of, write_ct
+    from radrotator.ct.nifti import stem_of, write_ct
     from radrotator.phantom import phantom
     check_name(out, VOLUMES)
     labels = check_output(out.with_name(f"{stem_of(out)}_labels.nii.gz"))
@@ -354,7 +354,8 @@ def ingest_command(
 ) -> Result:
     "Check and clean CTs for training. Out of whatever lies in some folders come CTs of one kind, without patient data, and the patients are shared out over seven folds."
     check_folder(out)
-    from radrotator.ct import IngestConfig, ingest
+    from radrotator.ct.curate import IngestConfig
+    from radrotator.ct.ingest import ingest
     from radrotator.pairs import write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage, years=years, patient=patient)
     report = report or out.with_name(f"{out.resolve().name}_report.csv")
@@ -373,7 +374,7 @@ def ingested(
     stray: list,                       # CTs without a row in the report
 ) -> str:                              # a table and some lines
     "What has become of the series."
-    from radrotator.ct import REASONS
+    from radrotator.ct.volume import REASONS
     lines = [f"{counted(refused, REASONS)}{accepted} of {series} series accepted" + (f": {out}, with their folds in {out/'folds.csv'}" if accepted else "")]
     if series: lines.append(f"each series is a row of {report}; to overrule one, write accept or refuse into its column decision and run this again")
     if stray: lines.append(f"{len(stray)} more in {out} have no row in {report}, such as {stray[0]}; remove them if they should not be trained on")
@@ -407,7 +408,7 @@ def pairs_command(
     "Render the DRRs from which training draws its pairs."
     share = shard_of(shard)
     check_folder(out)
-    from radrotator.ct import REASONS
+    from radrotator.ct.volume import REASONS
     from radrotator.pairs import SetPlan, ct_sets
     from radrotator.rotate import pick_device
     device = pick_device(device)
@@ -462,11 +463,12 @@ def drr_command(
     "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
     check_name(out)
     if kerma is not None and kvp is None: raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
-    from radrotator.ct import read_ct
+    from radrotator.ct.read import read_ct
     from radrotator.drr.physics import Physics
     from radrotator.drr.render import render
     from radrotator.geometry import CArm, check_angles
-    from radrotator.radiograph import Radiograph, to_unit
+    from radrotator.radiograph.image import to_unit
+    from radrotator.radiograph.write import Radiograph
     pose = check_angles(x, y, z)
     physics = None if kvp is None else Physics(kvp, kerma=Physics.kerma if kerma is None else kerma)
     with working("rendering"):
@@ -506,7 +508,8 @@ def rotate_command(
     check_name(out)
     with working("reading"):
         from radrotator.geometry import check_angles
-        from radrotator.radiograph import patient_data, read_radiograph
+        from radrotator.radiograph.read import read_radiograph
+        from radrotator.radiograph.write import patient_data
         check_angles(x, y, z)
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
         kept = patient_data(radiograph, *keep) if keep else None
@@ -541,7 +544,7 @@ def sweep_command(
     "Turn through many angles: a video, a GIF or frames."
     check_output(out)
     with working("reading"):
-        from radrotator.radiograph import read_radiograph
+        from radrotator.radiograph.read import read_radiograph
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
@@ -981,7 +984,8 @@ def write_item(
     import numpy as np
     from radrotator.geometry import AXES
     from radrotator.train.trainer import view_sheet
-    from radrotator.radiograph import Radiograph, write_picture
+    from radrotator.radiograph.image import Radiograph
+    from radrotator.radiograph.write import write_picture
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
     write = lambda picture, what, made: Radiograph(np.clip(picture, 0, 1)).write(folder/f"{item.stem}_{what}.png", f"{item.name}, {what}; {made}")
@@ -1000,9 +1004,9 @@ def demo_inputs(
 ) -> tuple[list, list]:       # what they hold
     "Read what the user gives, so that it is refused at once if it must be."
     import numpy as np
-    from radrotator.ct import read_ct
+    from radrotator.ct.read import read_ct
     from radrotator.geometry import CArm
-    from radrotator.radiograph import read_radiograph
+    from radrotator.radiograph.read import read_radiograph
     pictures, volumes = [read_radiograph(path) for path in radiographs], [read_ct(path) for path in cts]
     for volume, path in zip(volumes, cts): fitted(volume, CArm(), path, [np.zeros(3), *np.eye(3)*TURN])
     return volumes, pictures
@@ -1016,7 +1020,7 @@ def demo_items(
 ):                     # yields `Item`
     "Turn one thing after the other."
     from importlib.resources import files
-    from radrotator.ct import read_ct
+    from radrotator.ct.read import read_ct
     from radrotator.evaluate.patients import FIRST_TEST_SEED
     from radrotator.phantom import phantom
     yield ct_item(model, phantom(FIRST_TEST_SEED + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
@@ -1129,7 +1133,7 @@ def a_turn(
 ) -> str:                  # where, and how long it took
     "Turn a drawn pelvis, and look whether something sensible came of it."
     import numpy as np
-    from radrotator.radiograph import Radiograph
+    from radrotator.radiograph.image import Radiograph
     model, _ = load_model(None, device)
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     body = 0.3*(x**2 + y**2 < 0.9) + 0.3*(abs(np.hypot(x, y + 0.1) - 0.5) < 0.12) + 0.3*(np.hypot(abs(x) - 0.55, y - 0.35) < 0.16)

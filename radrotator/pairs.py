@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIX', 'FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'INDIFFERENT', 'FORMAT', 'DENSE', 'draw_couple', 'six_vectors',
-           'draw_triple', 'draw_poses', 'patient_strata', 'assign_folds', 'sweep', 'write_table', 'read_folds',
-           'write_folds', 'SetPlan', 'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set',
-           'read_set', 'Batch', 'unit_range', 'draw_views', 'Pairs', 'check_separation', 'sets_in', 'PairDataset',
-           'Job', 'report_row', 'make_set', 'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in',
-           'header_row', 'ct_jobs', 'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets',
-           'upcoming', 'Ahead', 'OnTheFlyPairs', 'SlabBatch', 'dense_part', 'SlabSource', 'OnTheFlySlabs']
+           'draw_triple', 'draw_poses', 'patient_strata', 'assign_folds', 'read_folds', 'write_folds', 'SetPlan',
+           'DRRSet', 'read_manifest', 'write_manifest', 'is_whole', 'set_recipe', 'write_set', 'read_set', 'Batch',
+           'unit_range', 'draw_views', 'Pairs', 'check_separation', 'sets_in', 'PairDataset', 'Job', 'report_row',
+           'make_set', 'in_shard', 'pooled_set', 'make_sets', 'killed', 'patient_of', 'cts_in', 'header_row', 'ct_jobs',
+           'strays', 'ct_sets', 'PhantomPlan', 'phantom_jobs', 'bones_hash', 'phantom_sets', 'upcoming', 'Ahead',
+           'OnTheFlyPairs', 'SlabBatch', 'dense_part', 'SlabSource', 'OnTheFlySlabs']
 
 # %% ../nbs/04_pairs.ipynb #193842e1
 import atexit, csv, hashlib, json, multiprocessing, re, threading, time, weakref
@@ -25,8 +25,11 @@ import numba, numpy as np, torch
 from fastcore.basics import patch
 
 from . import __version__
-from .core import RadRotatorError, folder_lock, signals_blocked, parallel_map, end_with_parent, detach_from_group, rng, sha256, atomic_file
-from .ct import CT, Refusal, describe_nifti, read_ct, stem_of, table_rows
+from .core import RadRotatorError, folder_lock, signals_blocked, parallel_map, end_with_parent, detach_from_group, rng, sha256, atomic_file, read_csv
+from .ct.describe import describe_nifti
+from .ct.nifti import stem_of
+from .ct.read import read_ct
+from .ct.volume import CT, Refusal
 from .drr.attenuation import MU_WATER
 from .drr.centre import recentre
 from .drr.frame import fit_fov
@@ -111,23 +114,10 @@ def assign_folds(
     return folds
 
 # %% ../nbs/04_pairs.ipynb #ff05f399
-def sweep(
-    folder: Path,  # in which nobody else is writing
-):
-    "Remove what a killed process left half-written (see `atomic_file`)."
-    for left in folder.glob(".*-*"): left.unlink(missing_ok=True)
+from .core import remove_leftovers as sweep
 
 # %% ../nbs/04_pairs.ipynb #507b8988
-def write_table(
-    path: Path,  # .csv
-    columns,     # their names
-    rows,        # dicts with these keys
-):
-    "Write rows as a table."
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(rows)
+from .core import write_csv as write_table
 
 # %% ../nbs/04_pairs.ipynb #dfa32249
 def read_folds(
@@ -135,7 +125,7 @@ def read_folds(
 ) -> dict:             # name → (patient, fold)
     "Read a table of folds, and refuse one that splits a patient."
     if not Path(path).exists(): raise RadRotatorError(f"there is no table of folds {path}; check the name")
-    try: rows = [(row["name"], row["patient"], int(row["fold"])) for row in table_rows(path)]
+    try: rows = [(row["name"], row["patient"], int(row["fold"])) for row in read_csv(path)]
     except (OSError, ValueError, KeyError, TypeError): raise RadRotatorError(f"{path} is not a table of folds: it needs columns name, patient and fold (1 to 7); mend it") from None
     places = {name: (patient, fold) for name, patient, fold in rows}
     if any(fold not in FOLDS for fold in (fold for _, fold in places.values())): raise RadRotatorError(f"{path} has a fold that is not 1 to 7; mend it")

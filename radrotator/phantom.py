@@ -32,7 +32,7 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.spatial import cKDTree
 
 from .core import RadRotatorError, rng
-from .ct import CT
+from .ct.volume import CT
 
 # %% ../nbs/02_phantom.ipynb #ea60f960
 LABELS = dict(background=0, skin=1, fat=2, muscle=3, hip_left=4, hip_right=5, sacrum=6, vertebrae=7, femur_left=8, femur_right=9,

@@ -32,7 +32,9 @@ from .model.heads import Lifted, lift_picture, turn_lifted
 from .model.lift import Lift, sample_shares
 from .train.losses import LiftingConfig, ask
 from .pairs import Pairs
-from .radiograph import TITLE, Radiograph, burn_mark, read_radiograph, resize, restore, write_picture
+from .radiograph.image import Radiograph, resize, restore
+from .radiograph.read import read_radiograph
+from .radiograph.write import TITLE, burn_mark, write_picture
 from .model.sample import SOLVERS, fixed_noise, guided, time_steps
 from .train.transforms import TransformConfig
 from .tone import from_signed, kumaraswamy, match_histogram, through_curve, to_signed

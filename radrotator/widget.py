@@ -24,7 +24,7 @@ from traitlets.log import get_logger
 from .core import RadRotatorError
 from .geometry import AXES, LIMIT
 from .evaluate.protocol import sampling_ways
-from .radiograph import Radiograph, resize
+from .radiograph.image import Radiograph, resize
 from .rotate import RadRotator, as_radiograph, eight_bits
 
 # %% ../nbs/13_widget.ipynb #6a40caff

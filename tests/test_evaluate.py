@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from radrotator.cli import main
-from radrotator.ct import read_ct, write_ct
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.read import read_ct
 from radrotator.phantom import phantom
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.model.weights import save_weights

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, special
 
-from radrotator.ct import read_ct
+from radrotator.ct.read import read_ct
 from radrotator.drr.frame import fit_fov
 from radrotator.drr.render import Renderer, render
 from radrotator.geometry import CArm

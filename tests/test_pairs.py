@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from radrotator.core import RadRotatorError, sha256, shared_data
-from radrotator.ct import CT, write_ct
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.volume import CT
 from radrotator.drr.render import Renderer
 from radrotator.geometry import CArm
 from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest, write_set
@@ -328,7 +329,7 @@ sys.path.insert(0, os.getcwd())
 from dataclasses import dataclass
 import numpy as np
 from radrotator.core import RadRotatorError
-from radrotator.ct import CT
+from radrotator.ct.volume import CT
 from radrotator.pairs import Job, OnTheFlyPairs, SetPlan
 @dataclass(frozen=True, kw_only=True)
 class Plan(SetPlan):

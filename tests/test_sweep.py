@@ -12,8 +12,8 @@ from PIL import Image
 from radrotator import rotate
 from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
 from radrotator.model.lift import Lift, LiftConfig
-from radrotator.radiograph import Radiograph
-from radrotator.radiograph import burn_mark
+from radrotator.radiograph.image import Radiograph
+from radrotator.radiograph.write import burn_mark
 from radrotator.rotate import RadRotator, eight_bits, for_film, montage
 from radrotator.model.unet import UNet, UNetConfig
 
@@ -214,7 +214,7 @@ def work(path, killed_at=None, resume=False, **asked):
 def processes():
     "Processes that begin with everything imported"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["radrotator.rotate", "radrotator.radiograph", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
+    context.set_forkserver_preload(["radrotator.rotate", "radrotator.radiograph.write", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
     return context
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from radrotator.cli import main
-from radrotator.ct import CT, write_ct
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.volume import CT
 from radrotator.geometry import CArm
 from radrotator.pairs import draw_poses, write_set
 from radrotator.train.trainer import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings

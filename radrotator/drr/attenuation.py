@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import RadRotatorError
-from ..ct import CT
+from ..ct.volume import CT
 from ..geometry import CArm, rotation
 
 # %% ../../nbs/12_drr/00_attenuation.ipynb #c9afd18f

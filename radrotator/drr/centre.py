@@ -9,7 +9,7 @@ __all__ = ['balance_depth', 'recentre']
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from ..ct import CT
+from ..ct.volume import CT
 from ..geometry import CArm
 from .attenuation import Blocks, _isocentred, attenuation
 

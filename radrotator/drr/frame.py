@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from ..core import RadRotatorError
-from ..ct import CT
+from ..ct.volume import CT
 from .attenuation import _isocentred
 from .siddon import Siddon
 from ..geometry import LIMIT, CArm, rays

@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..core import RadRotatorError
-from ..ct import CT
+from ..ct.volume import CT
 from ..geometry import CArm
 from .attenuation import Blocks, _isocentred, attenuation
 from .engines import ENGINES

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np, torch
 from scipy import ndimage, optimize
 
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.render import Renderer
 from .views import SCALE, View, group_by_input
 from ..geometry import CArm, slab_depths, slab_planes, turn_slabs

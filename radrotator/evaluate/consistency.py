@@ -12,12 +12,12 @@ import numpy as np
 from scipy import stats
 from skimage.metrics import structural_similarity
 
-from ..ct import CT
+from ..ct.volume import CT
 from .metrics import psnr
 from .protocol import Protocol
 from .views import View, turned_views
 from ..geometry import AXES, LIMIT, CArm
-from ..radiograph import Radiograph
+from ..radiograph.image import Radiograph
 from ..register.register import JUDGED, Registrar
 
 # %% ../../nbs/41_evaluate/08_consistency.ipynb #bde99984

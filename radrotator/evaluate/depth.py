@@ -8,13 +8,13 @@ __all__ = ['depth_errors']
 # %% ../../nbs/41_evaluate/09_depth.ipynb #428a4f8b
 import numpy as np, torch
 
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.render import Renderer
 from .views import SCALE
 from ..geometry import CArm, slab_depths, slab_planes
 from ..model.lift import crop_middle
 from ..pairs import dense_part
-from ..radiograph import Radiograph
+from ..radiograph.image import Radiograph
 
 # %% ../../nbs/41_evaluate/09_depth.ipynb #caa7a228
 def mean_depth(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..core import RadRotatorError, RadRotatorWarning
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.centre import recentre
 from ..drr.frame import fit_fov, truncated
 from .baselines import depth_baselines

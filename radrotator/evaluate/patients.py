@@ -16,7 +16,8 @@ import numpy as np
 from scipy import ndimage
 
 from ..core import RadRotatorError
-from ..ct import CT, read_ct
+from ..ct.read import read_ct
+from ..ct.volume import CT
 from ..pairs import TEST, cts_in, read_folds
 from ..phantom import BoneAtlas, phantom
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..ct import CT
+from ..ct.volume import CT
 from .baselines import AFFINE, NOTHING, baselines
 from .protocol import Protocol, bin_of, pure_turns
 from .views import FIGURES, View, ask_model, true_views
 from ..geometry import CArm
-from ..radiograph import resize
+from ..radiograph.image import resize
 from ..register.pose import rotation_error
 from ..register.register import JUDGED, Registrar
 

@@ -15,7 +15,7 @@ import numpy as np
 from skimage.exposure import equalize_adapthist
 
 from ..core import RadRotatorWarning
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.physics import Physics
 from .protocol import Protocol, pure_turns
 from .rows import angle_errors, view_row

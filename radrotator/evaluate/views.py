@@ -13,13 +13,13 @@ import numpy as np
 from fastcore.basics import patch
 from skimage.metrics import structural_similarity
 
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.frame import fit_fov
 from ..drr.physics import Physics
 from ..drr.render import Renderer
 from .metrics import fine_energy, gradient_correlation, ncc, psnr, skill
 from ..geometry import AXES, CArm, inside_frame, rotation, turn_between
-from ..radiograph import Radiograph
+from ..radiograph.image import Radiograph
 from ..register.pose import compose_poses
 from ..train.trainer import Comparison
 from ..tone import match_histogram

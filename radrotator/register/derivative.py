@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from fastcore.basics import patch
 
-from ..ct import CT
+from ..ct.volume import CT
 from ..drr.attenuation import attenuation
 from ..drr.render import Renderer
 from ..drr.siddon import Siddon

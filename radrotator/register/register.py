@@ -13,9 +13,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import RadRotatorError
-from ..ct import CT
+from ..ct.volume import CT
 from ..geometry import CArm
-from ..radiograph import resize
+from ..radiograph.image import resize
 from .derivative import TurningDRR
 from .similarity import normalised_tiles, similarity
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import __version__
 from ..core import RadRotatorError, RadRotatorWarning, folder_lock, signals_blocked, atomic_folder, detach_from_group, rng, sha256, atomic_file
-from ..ct import stem_of
+from ..ct.nifti import stem_of
 from ..model.diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from ..geometry import AXES
 from ..html import render_page
