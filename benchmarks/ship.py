@@ -13,7 +13,9 @@ import numpy as np
 from radrotator.core import check_output, atomic_folder, markdown_table, sha256
 from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, publish, write_report
 from radrotator.losses import LiftingConfig
-from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
+from radrotator.pairs.folds import TRAIN, VALIDATE
+from radrotator.pairs.sources import PhantomPlan, phantom_jobs
+from radrotator.pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from radrotator.radiograph import Radiograph
 from radrotator.rotate import RadRotator, fit_known, training_pictures
 from radrotator.train import with_settings

@@ -355,7 +355,7 @@ def ingest_command(
     "Check and clean CTs for training. Out of whatever lies in some folders come CTs of one kind, without patient data, and the patients are shared out over seven folds."
     check_folder(out)
     from radrotator.ct import IngestConfig, ingest
-    from radrotator.pairs import write_folds
+    from radrotator.pairs.folds import write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage, years=years, patient=patient)
     report = report or out.with_name(f"{out.resolve().name}_report.csv")
     rows = ingest(sources, out, report, config, workers or cores(), functools.partial(bar, what="taking in"))
@@ -408,7 +408,8 @@ def pairs_command(
     share = shard_of(shard)
     check_folder(out)
     from radrotator.ct import REASONS
-    from radrotator.pairs import SetPlan, ct_sets
+    from radrotator.pairs.plan import SetPlan
+    from radrotator.pairs.jobs import ct_sets
     from radrotator.rotate import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
@@ -663,7 +664,8 @@ def feeds_of(
     progress,       # wraps the volumes while the first ones are made
 ) -> tuple:         # pairs to train on; pairs of fold 6, or None; of CTs to watch, or None; and what weights say of them
     "The pairs that are meant, and where they come from."
-    from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
+    from radrotator.pairs.plan import SetPlan
+    from radrotator.pairs.sources import PhantomPlan, bones_hash, ct_jobs, phantom_jobs
     from radrotator.train import from_jobs, from_sets, to_watch, with_settings
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
@@ -682,7 +684,7 @@ def feeds_of(
     bones = dict(bones=", ".join(Path(one).name for one in plan.bones.split(",")), bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
     watch = asked.watch and to_watch(asked.watch, plan, config, device)
     if watch: check_watched(watch.jobs, jobs)
-    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
+    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.manifest_fields() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
 
 # %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(

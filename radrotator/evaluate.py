@@ -41,7 +41,10 @@ from .geometry import AXES, LIMIT, CArm, inside_frame, rotation, slab_depths, sl
 from .geometry import turn_slabs
 from .heads import lift_picture, turn_lifted
 from .lift import Shares
-from .pairs import cts_in, dense_part, read_folds, unit_range
+from .batch import unit_range
+from .pairs.folds import read_folds
+from .pairs.sources import cts_in
+from .pairs.slabs import dense_part
 from .phantom import BoneAtlas, phantom
 from .radiograph import Radiograph, resize
 from .rotate import RadRotator

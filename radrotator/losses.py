@@ -18,7 +18,7 @@ from .diffusion import LAST, add_noise
 from .geometry import LIMIT, REACH, CArm, look_up, slab_depths
 from .lift import Lift, LiftConfig, cumulative, layers
 from .lift import _crop
-from .pairs import SlabBatch
+from .batch import SlabBatch
 from .tone import quantile_knots
 from .transforms import match_ranks, noise_values, random_rectangles
 

@@ -31,7 +31,7 @@ from .geometry import AXES, LIMIT, check_angles
 from .heads import Lifted, lift_picture, turn_lifted
 from .lift import Lift, sample_shares
 from .losses import LiftingConfig, ask
-from .pairs import Pairs
+from .batch import Feed
 from .radiograph import TITLE, Radiograph, burn_mark, read_radiograph, resize, restore, write_picture
 from .sample import SOLVERS, fixed_noise, guided, time_steps
 from .transforms import TransformConfig, from_signed, kumaraswamy, match_histogram, through_curve, to_signed
@@ -418,7 +418,7 @@ def strangeness(
 
 # %% ../nbs/11_rotate.ipynb #538fc960
 def training_pictures(
-    data: Pairs,                            # pairs or slabs of the patients that are trained on, or of others
+    data: Feed,                             # pairs or slabs of the patients that are trained on, or of others
     recipe: TransformConfig | LiftingConfig,# of the training
     steps: int,                             # how many batches are drawn
     each: int = 6,                          # pictures in a batch

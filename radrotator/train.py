@@ -32,8 +32,13 @@ from .diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, veloci
 from .geometry import AXES
 from .lift import Lift, LiftConfig
 from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
-from .pairs import (VALIDATE, Batch, Job, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SetPlan, SlabBatch, cts_in,
-                              patient_of, read_manifest, sets_in)
+from .batch import Batch, Feed, SlabBatch
+from .pairs.folds import VALIDATE
+from .pairs.plan import Job, SetPlan
+from .pairs.sources import cts_in, patient_of
+from .pairs.sets import read_manifest, sets_in
+from .pairs.dataset import PairDataset
+from .pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from .transforms import TransformConfig, from_signed, training_transforms
 from .unet import UNet, UNetConfig, build_network, load_weights, save_weights
 
@@ -272,7 +277,7 @@ def loss_of(
 
 # %% ../nbs/09_train.ipynb #0fd837c4
 def exam(
-    data: Pairs,          # of the validation fold
+    data: Feed,           # of the validation fold
     config: TrainConfig,  # of the run
     device,               # where to compute
 ) -> list[Question]:      # the same in every run with the same data
@@ -323,7 +328,7 @@ class _Shares(Dataset):
 
 # %% ../nbs/09_train.ipynb #f728d5d3
 def feed(
-    data: Pairs,         # to draw from
+    data: Feed,          # to draw from
     seed: int,           # of the run
     steps: range,        # for which steps
     share: range,        # which pairs of each step
@@ -468,12 +473,12 @@ class Trainer:
     def __init__(self,
         folder: str | Path,              # of the run
         config: TrainConfig,             # what to do
-        data: Pairs,                     # pairs to train on
-        validation: Pairs | None,        # pairs of fold 6
+        data: Feed,                      # pairs to train on
+        validation: Feed | None,         # pairs of fold 6
         machine: Machine = Machine(),    # how to compute
         accelerator=None,                # from `join`; None: a single process on the CPU
         about: dict | None = None,       # provenance to write into the weights: command, data, commit
-        watched: Pairs | None = None,    # of CTs that help to choose the best weights and are never learned from
+        watched: Feed | None = None,     # of CTs that help to choose the best weights and are never learned from
     ):
         self.folder, self.config, self.data, self.machine, self.about = Path(folder), config, data, machine, about or {}
         self.accelerator = accelerator or join()
@@ -969,7 +974,7 @@ def to_watch(
     plan: SetPlan,        # as the run's; of a `PhantomPlan` that part which is not about phantoms
     config: TrainConfig,  # of the run
     device: str = "cpu",  # where to render
-) -> Pairs:               # for `Trainer`
+) -> Feed:                # for `Trainer`
     "Open CTs that are looked at while training and never learned from."
     if not Path(path).exists(): raise RadRotatorError(f"cannot watch {path}: it is not there. Give a CT, or a folder of CTs.")
     files = cts_in(path) if Path(path).is_dir() else {stem_of(path): Path(path)}

@@ -15,7 +15,7 @@ from skimage.exposure import match_histograms
 from torch.nn.functional import pad
 
 from .core import RadRotatorError
-from .pairs import Batch
+from .batch import Batch
 
 # %% ../nbs/05_transforms.ipynb #3ac9f3d3
 def untied(

@@ -9,7 +9,7 @@ from radrotator.core import shared_data
 from radrotator.ct import read_ct
 from radrotator.drr import render
 from radrotator.geometry import CArm
-from radrotator.pairs import unit_range
+from radrotator.batch import unit_range
 from radrotator.phantom import BoneAtlas, phantom
 from radrotator.radiograph import Radiograph, read_radiograph, to_unit
 from radrotator.rotate import RadRotator, small, strangeness

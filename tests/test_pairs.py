@@ -7,17 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from radrotator.core import RadRotatorError, sha256, shared_data
+from radrotator.core import RadRotatorError, error_code, sha256, shared_data
 from radrotator.ct import CT, write_ct
 from radrotator.drr import Renderer
 from radrotator.geometry import CArm
-from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest, write_set
+from radrotator.pairs.protocol import draw_poses
+from radrotator.pairs.folds import FOLDS, read_folds
+from radrotator.pairs.plan import Job, SetPlan
+from radrotator.pairs.sources import ct_jobs
+from radrotator.pairs.sets import read_set, sets_in, write_manifest, write_set
+from radrotator.pairs.jobs import ct_sets
+from radrotator.pairs.dataset import PairDataset
+from radrotator.pairs.live import OnTheFlyPairs
 
 ROOT = Path(__file__).parents[1]
 PLAN = SetPlan(drrs=41, size=32, fov=(200, 220))
 CHILD = """
 import json, os, signal, sys
-from radrotator.pairs import SetPlan, ct_sets
+from radrotator.pairs.plan import SetPlan
+from radrotator.pairs.jobs import ct_sets
 WRITES = os.O_WRONLY | os.O_RDWR
 def die_at(deadly, sets):
     "Count whenever a file of the sets is about to be opened for writing, renamed, removed or changed; at the deadly count, die."
@@ -140,7 +148,8 @@ def test_a_full_disk_is_said_in_one_sentence(cts, whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(RadRotatorError, match="cannot write DRRs to .*File too large.*what is done stays"): ct_sets(cts, tmp_path, PLAN)
+        with pytest.raises(RadRotatorError, match="File too large") as error: ct_sets(cts, tmp_path, PLAN)
+        assert error.value.code == "CANNOT_WRITE"
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not sets_in(tmp_path) and not list(tmp_path.rglob(".*"))
     ct_sets(cts, tmp_path, PLAN)
@@ -169,7 +178,7 @@ def test_what_was_changed_behind_our_back_is_made_again(cts, whole, tmp_path):
 def test_a_manifest_that_is_none_is_refused(text, tmp_path):
     (tmp_path/"manifest.json").write_text(text)
     (tmp_path/"drr.npy").touch()
-    with pytest.raises(RadRotatorError, match="not a whole DRR set"): read_set(tmp_path)
+    assert error_code(lambda: read_set(tmp_path)) == "DAMAGED_SET"
 
 
 def test_a_patient_keeps_one_fold(tmp_path, cts):
@@ -183,8 +192,7 @@ def test_a_patient_keeps_one_fold(tmp_path, cts):
     assert [(row["fold"], row["status"], row["reason"]) for row in rows] == [(7, "made", ""), (7, "made", ""), (None, "refused", "NO_FOLD")]
     manifest = json.loads((tmp_path/"sets"/"0123abcd-00000002"/"manifest.json").read_text())
     write_manifest(tmp_path/"sets"/"0123abcd-00000002", manifest | dict(fold=1))
-    for folds in ((7,), (1, 2, 3, 4, 5)):
-        with pytest.raises(RadRotatorError, match="one patient lies in two folds"): PairDataset(sets_in(tmp_path/"sets"), folds)
+    for folds in ((7,), (1, 2, 3, 4, 5)): assert error_code(lambda: PairDataset(sets_in(tmp_path/"sets"), folds)) == "SPLIT_PATIENT"
 
 
 POSES = draw_poses(0).tolist()
@@ -291,7 +299,8 @@ def test_a_set_without_a_manifest_has_no_fold_and_is_named(eight, tmp_path):
     shutil.rmtree(sets/"v03")
     assert same(PairDataset(sets).batch(0, 0, 32), data.batch(0, 0, 32))
     for path in sets.glob("*/manifest.json"): path.write_text("{}")
-    with pytest.raises(RadRotatorError, match=r"no undamaged DRR set is left of folds 1, 2, 3, 4, 5 \(7 damaged\); the first: .*v00 is not a whole DRR set"): PairDataset(sets)
+    with pytest.raises(RadRotatorError, match=r"1, 2, 3, 4, 5.*\(7 damaged\).*v00") as error: PairDataset(sets)
+    assert error.value.code == "ALL_DAMAGED"
 
 
 def test_a_file_cut_short_during_a_read_is_an_error_and_not_the_end(eight, tmp_path):
@@ -303,7 +312,7 @@ def test_a_file_cut_short_during_a_read_is_an_error_and_not_the_end(eight, tmp_p
     thread = threading.Thread(target=cut_and_mend); thread.start()
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        try: drrs.look([0, 20, 19])
+        try: drrs.read_images([0, 20, 19])
         except RadRotatorError: refused += 1
     done.set(); thread.join()
     assert refused
@@ -314,12 +323,12 @@ def test_processes_of_the_background_give_what_a_thread_gives_killed_or_not(cts)
     thread, two = (OnTheFlyPairs(jobs, PLAN, held=2, refresh=1, workers=workers) for workers in (0, 2))
     expected = [thread.batch(0, step, 6) for step in range(16)]
     for step in range(8): assert same(two.batch(0, step, 6), expected[step])
-    before = [process for process, _ in two.ahead.processes.values()]
+    before = [process for process, _ in two.prefetcher.processes.values()]
     before[0].kill()
     for step in (*range(8, 16), 3): assert same(two.batch(0, step, 6), expected[step])
     assert list(two.refused) == list(thread.refused) == ["slab.nii.gz"] and len(before) == 2
     two.close(); thread.close()
-    for process in {*before, *(process for process, _ in two.ahead.processes.values())}: process.join(20); assert not process.is_alive()
+    for process in {*before, *(process for process, _ in two.prefetcher.processes.values())}: process.join(20); assert not process.is_alive()
 
 
 FATAL = """
@@ -329,10 +338,11 @@ from dataclasses import dataclass
 import numpy as np
 from radrotator.core import RadRotatorError
 from radrotator.ct import CT
-from radrotator.pairs import Job, OnTheFlyPairs, SetPlan
+from radrotator.pairs.plan import Job, SetPlan
+from radrotator.pairs.live import OnTheFlyPairs
 @dataclass(frozen=True, kw_only=True)
 class Plan(SetPlan):
-    def ct(self, job):
+    def load_ct(self, job):
         if job.name == "deadly":
             if multiprocessing.parent_process(): os._exit(9)
             raise RadRotatorError("not in a thread")
@@ -343,7 +353,7 @@ if __name__ == "__main__":
     thread, one = (OnTheFlyPairs([job("one"), job("three"), job("deadly")], plan, held=1, refresh=1, workers=workers) for workers in (0, 1))
     for step in range(4): print((thread.batch(0, step, 4).target == one.batch(0, step, 4).target).all().item())
     print(thread.refused, one.refused)
-    for feed in (one, thread): feed.ahead.submit(job("slow"))
+    for feed in (one, thread): feed.prefetcher.submit(job("slow"))
     time.sleep(1)
     print("done", flush=True)
 """

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from radrotator.cli import main
 from radrotator.ct import CT, write_ct
 from radrotator.geometry import CArm
-from radrotator.pairs import draw_poses, write_set
+from radrotator.pairs.protocol import draw_poses
+from radrotator.pairs.sets import write_set
 from radrotator.train import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
 from radrotator.unet import load_weights
 
@@ -490,7 +491,7 @@ def test_a_set_damaged_before_is_counted_and_told_once(server, untold, plain, tm
     assert server(*words[1], at=(str(runs[1]), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
     for each in words:
         code, _, err = server(*each)
-        assert code == 0; sentence(err, "v1 is not a whole DRR set.*training goes on without it")
+        assert code == 0; sentence(err, "v1: it is not a whole DRR set.*training goes on without it")
     assert same(*runs) and [row["quarantined"] for row in read_log(runs[0])] == [1]*4
     assert losses(runs[0]) == losses(runs[1]) and not torch.equal(tensors(runs[0])["network.out.2.weight"], tensors(plain)["network.out.2.weight"])
 
@@ -498,7 +499,7 @@ def test_a_set_damaged_before_is_counted_and_told_once(server, untold, plain, tm
 def test_a_set_damaged_while_it_runs(server, untold, plain, tmp_path):
     mine, run = shutil.copytree(untold, tmp_path/"sets"), tmp_path/"run"
     code, _, err = server(*command(mine, run, "--steps", 20, every=1), at=(str(run), "open /log", 7, "cut", str(mine/"v2"/"drr.npy"), 3_000))
-    assert code == 0; sentence(err, "v2 is not a whole DRR set.*training goes on without it")
+    assert code == 0; sentence(err, "v2: it is not a whole DRR set.*training goes on without it")
     assert losses(run)[:6] == losses(plain)[:6] and np.isfinite(losses(run)).all() and len(losses(run)) == 20
     counted = [row["quarantined"] for row in read_log(run)]
     assert counted == sorted(counted) and set(counted[:6]) == {0} and counted[-1] == 1
