@@ -401,6 +401,7 @@ def pairs_command(
     oversample: Annotated[int, typer.Option(min=1, max=8, help="rays along each side of a pixel, averaged")] = 1,  # rays
     seed: Seed = 0,          # of the poses and of new folds
     workers: Annotated[int, typer.Option(min=1, max=1024, help="processes; one uses all cores to render, more also read side by side, at about 1 GB each")] = 1,  # processes
+    slabs: Annotated[int, typer.Option(min=0, max=256, help="slabs of 64 further pictures of each CT, for presets that lift, which take 24")] = 0,  # K
     centre: Centre = "picture",  # to turn about
     device: Device = "cpu",  # where to render
 ) -> Result:
@@ -413,7 +414,7 @@ def pairs_command(
     from radrotator.rotate import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
-    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre)
+    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre, slabs=slabs, canvas=slabs and size + size//4*2)
     rows = ct_sets(cts, out, plan, share, workers, functools.partial(bar, what="rendering"), folds)
     count = {status: sum(row["status"] == status for row in rows) for status in ("made", "kept", "refused", "stray")}
     known = dict(out=out, shard=shard, centre=centre) | count | dict(drrs=sum(row["drrs"] for row in rows), reasons=reasons_of(rows))

@@ -37,7 +37,7 @@ from .pairs.folds import VALIDATE
 from .pairs.plan import Job, SetPlan
 from .pairs.sources import cts_in, patient_of
 from .pairs.sets import read_manifest, sets_in
-from .pairs.dataset import PairDataset
+from .pairs.dataset import PairDataset, SlabDataset
 from .pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from .transforms import TransformConfig, from_signed, training_transforms
 from .unet import UNet, UNetConfig, build_network, load_weights, save_weights
@@ -928,20 +928,36 @@ def fit(self: Trainer,
             ready = time.monotonic()
     return end or "steps"
 
+# %% ../nbs/09_train.ipynb #5a1b0c01
+def _check_shape(
+    data,                 # `PairDataset` or `SlabDataset`
+    folder: str | Path,   # of the DRR sets, for the message
+    config: TrainConfig,  # of the run
+):
+    "Refuse sets whose pictures, or slabs, have not the size that the network takes."
+    size, wanted, lift = data.sets[0].manifest["carm"]["size"], config.shape.size, config.lift
+    if size != wanted:
+        raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose "
+                              f"another preset, set {'lift' if lift else 'unet'}.size={size}, or render with --size {wanted}")
+    if not lift or data.shape == (lift.slabs, lift.canvas, size): return
+    slabs, canvas, _ = data.shape
+    raise RadRotatorError(f"cannot learn depth from the DRR sets in {folder}: they hold {slabs} slabs on {canvas}², and the "
+                          f"network takes {lift.slabs} on {lift.canvas}². Set lift.slabs={slabs} and lift.canvas={canvas}, "
+                          f"or render with --slabs {lift.slabs}.", "OTHER_SLABS")
+
 # %% ../nbs/09_train.ipynb #945287d4
 def from_sets(
     folder: str | Path,   # of DRR sets
     config: TrainConfig,  # of the run
-) -> tuple:               # pairs of folds 1 to 5; pairs of fold 6, or None where there is none
+) -> tuple:               # pairs, or slabs, of folds 1 to 5; of fold 6, or None where there is none
     "Feeds that read DRR sets."
     if (Path(folder)/"manifest.json").exists(): raise RadRotatorError(f"{folder} is one DRR set; give the folder that holds it and others")
     if not sets_in(folder): raise RadRotatorError(f"{folder} holds no DRR set; give the folder that radrotator pairs wrote" + (", or train on these CTs with --cts" if any(Path(folder).glob("*.nii*")) else ""))
-    if config.lift: raise RadRotatorError("cannot learn depth from DRR sets: they hold views, and no slabs. Train on the CTs themselves, with --cts, or choose --preset paper.")
-    data, examined = PairDataset(folder), any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
-    size = data.sets[0].manifest["carm"]["size"]
-    wanted = config.shape.size
-    if size != wanted: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose another preset, set unet.size={size}, or render with --size {wanted}")
-    return data, PairDataset(folder, folds=VALIDATE) if examined else None
+    reader = SlabDataset if config.lift else PairDataset
+    data = reader(folder)
+    _check_shape(data, folder, config)
+    examined = any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
+    return data, reader(folder, folds=VALIDATE) if examined else None
 
 # %% ../nbs/09_train.ipynb #dcbe59bc
 def feed_plan(

@@ -434,6 +434,18 @@ def test_what_cannot_be_watched(what, sentence, server, bodies, tmp_path):
     assert code == 2 and sentence in err and "Traceback" not in err
 
 
+def test_slabs_read_from_sets_are_trained_on_and_resumed_to_the_bit(server, bodies, tmp_path):
+    "Rendered by the command, read by none and by two processes"
+    sets, whole, run = tmp_path/"sets", tmp_path/"whole", tmp_path/"run"
+    assert server("pairs", bodies, "-o", sets, "--drrs", 3, "--size", 32, "--fov", 160, "--slabs", 8, "--device", "cpu")[::2] == (0, "")
+    given = [word for key, value in LIFTING.items() if not key.startswith(("data.", "held", "refresh")) for word in ("--set", f"{key}={value}")]
+    words = lambda run, workers: ("train", "--data", sets, "--preset", "tiny", "-o", run, "--device", "cpu", "--workers", workers, "--resume", "--steps", 6, *given)
+    assert server(*words(whole, 0))[::2] == (0, "")
+    assert server(*words(run, 2), at=(str(run), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
+    assert server(*words(run, 2))[::2] == (0, "")
+    assert same(run, whole) and losses(run) == losses(whole) and "depth_error" in load_weights(run/"weights.safetensors")[1]
+
+
 @pytest.mark.parametrize("early", [0, 0.5])
 def test_two_processes_lift_as_one_does(early, server, bodies, lifted, tmp_path):
     "Also where some of what is trained is not asked for in every pass, and the first steps know the patients of both"

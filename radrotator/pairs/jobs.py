@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['make_set', 'make_sets', 'ct_sets', 'phantom_sets']
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #753c9142
+# %% ../../nbs/13_pairs/06_jobs.ipynb #d8ea0617
 import multiprocessing
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .protocol import draw_poses
 from .sets import is_whole, read_manifest, sets_in, write_manifest, write_set
 from .sources import PhantomPlan, ct_jobs, phantom_jobs
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #a077458d
+# %% ../../nbs/13_pairs/06_jobs.ipynb #92e63ec1
 def report_row(
     job: Job,
     **more,    # columns that say something
@@ -30,7 +31,7 @@ def report_row(
     row = dict(name=job.name, patient=job.patient, fold=job.fold, status="kept", reason="", drrs=0, fov="", sentence="")
     return row | more
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #63f9404e
+# %% ../../nbs/13_pairs/06_jobs.ipynb #0fe198c9
 def _render_job(
     job: Job,         # what to render
     target: Path,     # folder of its set
@@ -42,12 +43,13 @@ def _render_job(
                                  "again")
     recipe = plan.recipe(job)
     if is_whole(target, recipe): return "kept"
-    ct, carm, seed = plan.prepare(job)
+    volume = plan.load_checked(job)
+    ct, carm, seed = replace(plan, slabs=0).fit(volume)  # pairs have a geometry of their own
     poses = draw_poses(seed, plan.drrs, plan.one_axis)
-    write_set(ct, target, poses, carm, job.fold, job.patient, plan, source=recipe["source"])
+    write_set(ct, target, poses, carm, job.fold, job.patient, plan, volume, source=recipe["source"])
     return "made"
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #08b78b10
+# %% ../../nbs/13_pairs/06_jobs.ipynb #d4cf53b6
 def make_set(
     job: Job,        # what to render
     folder: Path,    # of all sets
@@ -67,7 +69,7 @@ def make_set(
         if not place.items() <= manifest.items(): write_manifest(target, manifest | place)
     return report_row(job, status=status, drrs=len(manifest["poses"]), fov=round(manifest["carm"]["fov"], 1))
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #7856a117
+# %% ../../nbs/13_pairs/06_jobs.ipynb #95479d8c
 def in_shard(
     name: str,    # of a CT
     shard: tuple, # (i, n): the i-th of n, from 1
@@ -75,7 +77,7 @@ def in_shard(
     "Share CTs out by name."
     return rng(0, "shard", name).integers(shard[1]) == shard[0] - 1
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #20cefd46
+# %% ../../nbs/13_pairs/06_jobs.ipynb #14ae27d9
 def worker_died_row(
     job: Job,  # during which its process died
 ) -> dict:     # a row, as from `make_set`
@@ -83,7 +85,7 @@ def worker_died_row(
     sentence = f"{job.name}: its process was killed, perhaps because memory ran out; the next run tries it again"
     return report_row(job, status="refused", reason="FAILED", sentence=sentence)
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #30e9ee39
+# %% ../../nbs/13_pairs/06_jobs.ipynb #2ed54a6e
 def make_set_in_worker(
     job: Job,      # as for `make_set`
     folder: Path,  # as for `make_set`
@@ -94,7 +96,7 @@ def make_set_in_worker(
     if multiprocessing.parent_process(): numba.set_num_threads(threads)
     return make_set(job, folder, plan)
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #43fd86ed
+# %% ../../nbs/13_pairs/06_jobs.ipynb #ae0bb6f9
 def make_sets(
     jobs: list[Job],       # what to render
     folder: str | Path,    # of all sets; made if it is missing
@@ -115,7 +117,7 @@ def make_sets(
                               "folder, and run again; what is done stays.", "CANNOT_WRITE") from None
     return [rows[job.name] for job in jobs]
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #63407a22
+# %% ../../nbs/13_pairs/06_jobs.ipynb #552dcb97
 def orphan_sets(
     folder: Path,   # of sets
     names: set,     # of the CTs of this shard
@@ -126,7 +128,7 @@ def orphan_sets(
     def sentence(path): return f"{path.name}: its CT has gone; remove {path} if it should not be trained on"
     return [report_row(Job(path.name, "", None), status="stray", sentence=sentence(path)) for path in paths]
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #8d1cdca7
+# %% ../../nbs/13_pairs/06_jobs.ipynb #cc51b3dd
 def ct_sets(
     cts: str | Path,       # folder of CTs
     sets: str | Path,      # folder of the sets; made if it is missing
@@ -149,7 +151,7 @@ def ct_sets(
         _write_csv(sets/("report.csv" if n == 1 else f"report-{i}-of-{n}.csv"), columns, rows)
     return rows
 
-# %% ../../nbs/13_pairs/06_jobs.ipynb #b663f50b
+# %% ../../nbs/13_pairs/06_jobs.ipynb #a2d1250c
 def phantom_sets(
     folder: str | Path,    # of all sets; made if it is missing
     plan: PhantomPlan,     # what is wanted

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'SetPlan']
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #eafbcf06
+# %% ../../nbs/13_pairs/02_plan.ipynb #bb563cf5
 import json
 from dataclasses import asdict, dataclass, replace
 
@@ -17,7 +17,7 @@ from ..ct import CT, Refusal, read_ct
 from ..drr import MU_WATER, Physics, Renderer, fit_fov, recentre
 from ..geometry import CONVENTION, CArm
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #575b20ca
+# %% ../../nbs/13_pairs/02_plan.ipynb #9602a46d
 @dataclass(frozen=True)
 class Job:
     "One CT, or phantom, to be rendered."
@@ -26,7 +26,7 @@ class Job:
     fold: int | None      # 1–7, or None where the table of folds does not have it
     source: object = None # its file, or a CT in memory; of a phantom the patient of the atlas, or None
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #76ad8ac9
+# %% ../../nbs/13_pairs/02_plan.ipynb #3f98240a
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
     "How CTs are rendered; as it stands, geometry and numbers of the paper."
@@ -40,6 +40,7 @@ class SetPlan:
     engine: str = "siddon"    # of `Renderer`
     device: str = "cpu"       # of `Renderer`
     slabs: int = 0            # K, where slabs are rendered; 0: they are not
+    slab_views: int = 64      # pictures of each CT whose slabs a set holds; on the fly they have no end
     canvas: int = 0           # pixels along each side of the slabs
     slab_fov: tuple = (250, 400) # mm, drawn uniformly for each picture that has slabs; less where the CT is too short
     shift: float = 30.0       # mm at most by which such a picture is off the isocentre, to the side and up or down
@@ -53,20 +54,26 @@ class SetPlan:
         if self.centre not in ("picture", "volume"):
             raise RadRotatorError(f"cannot turn patients about {self.centre!r}: there is no such centre. "
                                   "Choose picture or volume.", "BAD_CENTRE")
+        margin = self.canvas - self.size
+        if self.slabs and (self.slabs < 2 or self.slab_views < 1 or margin < 0 or margin % 2):
+            raise RadRotatorError(f"cannot render {self.slabs} slabs of {self.slab_views} pictures of {self.size}² on "
+                                  f"a canvas of {self.canvas}². Ask for 2 slabs and 1 picture or more, and for a "
+                                  f"canvas of {self.size}, or wider by an even number.", "BAD_SLABS")
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #7698bd4e
+# %% ../../nbs/13_pairs/02_plan.ipynb #d903d9c0
 NOT_IN_MANIFEST = "device", "count", "bones"
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #dd759a4d
+# %% ../../nbs/13_pairs/02_plan.ipynb #bedf3029
 @patch
 def manifest_fields(self: SetPlan) -> dict: # as JSON gives it back
     "Give what a manifest records of a plan."
-    return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in NOT_IN_MANIFEST}))
+    left_out = NOT_IN_MANIFEST if self.slabs else (*NOT_IN_MANIFEST, "slab_views")
+    return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in left_out}))
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #77a1f740
+# %% ../../nbs/13_pairs/02_plan.ipynb #2461dff5
 FORMAT = 2  # of manifests; sets of another format are made again
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #5381610f
+# %% ../../nbs/13_pairs/02_plan.ipynb #02f001d6
 def set_recipe(
     name: str,       # of the CT
     plan: SetPlan,   # how it is rendered
@@ -75,7 +82,7 @@ def set_recipe(
     "Give all that the images of a set depend on: the same recipe, the same images."
     return dict(format=FORMAT, convention=CONVENTION, mu_water=MU_WATER, ct=name, plan=plan.manifest_fields(), **more)
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #3fc96afd
+# %% ../../nbs/13_pairs/02_plan.ipynb #77553fca
 @patch
 def make_renderer(self: SetPlan,
     ct: CT,      # whose name seeds the noise
@@ -84,7 +91,7 @@ def make_renderer(self: SetPlan,
     noise = int(rng(self.seed, "noise", ct.name).integers(2**31))
     return Renderer(ct, self.engine, self.device, self.physics and replace(self.physics, seed=noise))
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #501f4296
+# %% ../../nbs/13_pairs/02_plan.ipynb #d81117ba
 @patch
 def load_ct(self: SetPlan,
     job: Job,  # what to read
@@ -92,7 +99,7 @@ def load_ct(self: SetPlan,
     "Read the volume of a job."
     return job.source if isinstance(job.source, CT) else read_ct(job.source)
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #581d8587
+# %% ../../nbs/13_pairs/02_plan.ipynb #2bc4de8c
 @patch
 def load_checked(self: SetPlan,
     job: Job,  # what to read
@@ -103,7 +110,7 @@ def load_checked(self: SetPlan,
     raise Refusal("NOT_HU", f"{job.name}: nothing in this CT is denser than air, or its values are not finite; "
                             "give Hounsfield units, or remove it")
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #215fe6b0
+# %% ../../nbs/13_pairs/02_plan.ipynb #f0a219e3
 @patch
 def fit(self: SetPlan,
     ct: CT,                 # under the name of its job
@@ -120,7 +127,7 @@ def fit(self: SetPlan,
     except RadRotatorError as error: raise Refusal("TOO_SHORT", str(error)) from None
     return ct, carm, seed
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #b72e36a2
+# %% ../../nbs/13_pairs/02_plan.ipynb #f49220f2
 @patch
 def prepare(self: SetPlan,
     job: Job,               # what to read
@@ -128,7 +135,7 @@ def prepare(self: SetPlan,
     "Read the volume of a job and choose how it is seen: all it takes to render its DRRs."
     return self.fit(self.load_checked(job))
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #4766f96e
+# %% ../../nbs/13_pairs/02_plan.ipynb #470bcc2c
 @patch
 def hash_source(self: SetPlan,
     job: Job,  # whose CT is a file
@@ -138,7 +145,7 @@ def hash_source(self: SetPlan,
     except OSError as error:
         raise Refusal("UNREADABLE", f"{job.source} cannot be read: {error.strerror}; mend or remove it") from None
 
-# %% ../../nbs/13_pairs/02_plan.ipynb #a8cf981c
+# %% ../../nbs/13_pairs/02_plan.ipynb #5927d391
 @patch
 def recipe(self: SetPlan,
     job: Job,  # whose CT is a file

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['read_manifest', 'sets_in', 'write_set', 'DRRSet', 'read_set']
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #476f5591
+# %% ../../nbs/13_pairs/05_sets.ipynb #74b32e62
 import json
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from fastcore.basics import patch
 from .. import __version__
 from ..core import RadRotatorError, atomic_file, sha256
 from ..ct import CT
-from ..geometry import CArm
+from ..geometry import CArm, slab_planes
 from .plan import FORMAT, SetPlan, set_recipe
+from .slabs import SlabSource
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #62a7d4cc
+# %% ../../nbs/13_pairs/05_sets.ipynb #631b59ea
 def read_manifest(
     folder: Path,  # of a set
 ) -> dict | None:  # None where there is no readable one
@@ -29,7 +30,7 @@ def read_manifest(
     except (OSError, ValueError): return None
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #718a7af7
+# %% ../../nbs/13_pairs/05_sets.ipynb #9f020390
 def write_manifest(
     folder: Path,    # of a set
     manifest: dict,  # what JSON can say
@@ -38,28 +39,63 @@ def write_manifest(
     with atomic_file(folder/"manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, separators=(",", ":")))
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #dc8866ca
+# %% ../../nbs/13_pairs/05_sets.ipynb #6c4cd8fc
 def sets_in(
     folder: str | Path,  # of sets
 ) -> list[Path]:         # folders of the sets that are whole
     "List the DRR sets of a folder."
     return sorted(path.parent for path in Path(folder).glob("*/manifest.json"))
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #b1ba65e4
-def _write_images(
+# %% ../../nbs/13_pairs/05_sets.ipynb #e08e9461
+@contextmanager
+def _image_file(
     path: Path,     # .npy
-    shape: tuple,   # of all
+    shape: tuple,   # of all images
     dtype: str,     # as numpy writes it
-    chunks,         # arrays that together have this shape
-) -> dict:          # bytes and sha256 of the file
-    "Write images to a file, chunk by chunk."
-    header = dict(descr=dtype, fortran_order=False, shape=shape)
+):                  # yields a function that writes some of them, a tensor
+    "Write images to a file, some at a time."
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks: file.write(np.asarray(chunk, dtype).tobytes())
+        np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=shape))
+        yield lambda images: file.write(images.cpu().numpy().astype(dtype).tobytes())
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #bde3cbf6
+def _file_facts(path: Path) -> dict: # bytes and sha256
     return dict(bytes=path.stat().st_size, sha256=sha256(path))
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #1ec54a08
+# %% ../../nbs/13_pairs/05_sets.ipynb #9d51935f
+def _write_drrs(ct, path, poses, carm, plan):
+    "Render the DRRs of a set into a file, and give its size and hash."
+    renderer = plan.make_renderer(ct)
+    with _image_file(path, (len(poses), carm.size, carm.size), "<f2") as write:
+        for i in range(0, len(poses), 32): write(renderer(poses[i:i + 32], carm, plan.oversample))
+    return _file_facts(path)
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #022722cf
+SLAB_FILES = {"slabs.npy": "<f2", "dense.npy": "<f2", "valid.npy": "|b1"}
+
+
+def _slab_shapes(count, canvas, size): return (count, canvas, canvas), (count, size, size), (canvas, canvas)
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #093b76e9
+def _write_slabs(
+    source: SlabSource,  # a volume
+    folder: Path,        # of the set
+) -> dict:               # what the manifest says of the slabs
+    "Render the slabs of a set."
+    plan, views = source.plan, source.set_views()
+    shapes = _slab_shapes(plan.slabs, plan.canvas, plan.size)
+    with ExitStack() as stack:
+        kinds = zip(SLAB_FILES.items(), shapes)
+        files = [_image_file(folder/name, (len(views), *shape), dtype) for (name, dtype), shape in kinds]
+        writers = [stack.enter_context(file) for file in files]
+        for view in views:
+            for write, images in zip(writers, source.render(view)): write(images)
+    seen = [dict(pose=view.pose.tolist(), fov=view.carm.fov, offset=view.offset.tolist()) for view in views]
+    planes = slab_planes(CArm(fov=2), plan.slabs).tolist()
+    about = dict(count=plan.slabs, canvas=plan.canvas, size=plan.size, planes=planes, views=seen)
+    return about | dict(files={name: _file_facts(folder/name) for name in SLAB_FILES})
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #c4543810
 def write_set(
     ct: CT,                     # volume
     folder: str | Path,         # folder of this set; made if it is missing
@@ -68,20 +104,28 @@ def write_set(
     fold: int,                  # 1–7: decided by patient, elsewhere
     patient: str | None = None, # whose CT it is; None: the CT's name
     plan: SetPlan = SetPlan(),  # how to render
+    volume: CT | None = None,   # the CT before it was centred, of which slabs are rendered; None: `ct`
     **more,                     # anything else for the manifest that JSON can say
 ) -> Path:                      # the folder
-    "Render a DRR set."
-    folder, poses, renderer = Path(folder), np.asarray(poses), plan.make_renderer(ct)
+    "Render a DRR set, with slabs where the plan has them."
+    folder, poses = Path(folder), np.asarray(poses)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/"manifest.json").unlink(missing_ok=True)
-    chunks = (renderer(poses[i:i + 32], carm, plan.oversample).cpu().numpy() for i in range(0, len(poses), 32))
-    images = _write_images(folder/"drr.npy", (len(poses), carm.size, carm.size), "<f2", chunks)
+    for name in ("manifest.json", *SLAB_FILES): (folder/name).unlink(missing_ok=True)
     about = dict(version=__version__, patient=patient or ct.name, fold=fold, carm=asdict(carm),
                  isocentre=ct.centre.tolist(), poses=poses.tolist())
-    write_manifest(folder, set_recipe(ct.name, plan, **more) | images | about)
+    about |= _write_drrs(ct, folder/"drr.npy", poses, carm, plan)
+    if plan.slabs:
+        seen, widest, _ = plan.fit(ct if volume is None else volume)
+        about["slabs"] = _write_slabs(SlabSource(plan, seen, widest), folder)
+    write_manifest(folder, set_recipe(ct.name, plan, **more) | about)
     return folder
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #ae08fdce
+# %% ../../nbs/13_pairs/05_sets.ipynb #30574c68
+def _files_of(manifest: dict) -> dict: # name → bytes and sha256
+    drrs = {key: manifest.get(key) for key in ("bytes", "sha256")}
+    return {"drr.npy": drrs} | manifest.get("slabs", {}).get("files", {})
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #7685936e
 def is_whole(
     folder: Path,   # of a set
     recipe: dict,   # what it should say of itself
@@ -89,13 +133,14 @@ def is_whole(
     "Tell whether the images of a set need not be made again."
     known = read_manifest(folder) or {}
     if any(known.get(key) != value for key, value in recipe.items()): return False
-    return (folder/"drr.npy").exists() and known.get("sha256") == sha256(folder/"drr.npy")
+    files = _files_of(known).items()
+    return all((folder/name).exists() and facts["sha256"] == sha256(folder/name) for name, facts in files)
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #a4577c31
+# %% ../../nbs/13_pairs/05_sets.ipynb #30e74e55
 def _damaged(folder, how):
     return RadRotatorError(f"cannot use {folder}: it is not a whole DRR set, {how}. Render it again.", "DAMAGED_SET")
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #08b5dcb8
+# %% ../../nbs/13_pairs/05_sets.ipynb #7878d673
 @dataclass(frozen=True)
 class DRRSet:
     "Rendered DRRs of one CT."
@@ -109,15 +154,20 @@ class DRRSet:
         try: return np.load(self.folder/"drr.npy", mmap_mode="r")
         except (OSError, ValueError): raise _damaged(self.folder, "drr.npy is missing or damaged") from None
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #4e678f80
+# %% ../../nbs/13_pairs/05_sets.ipynb #0b5a350b
 @patch
-def check(self: DRRSet) -> DRRSet: # itself
+def check(self: DRRSet,
+    names=None,   # of files; None: all that the manifest names
+) -> DRRSet:      # itself
     "Refuse a set whose images are not all there."
-    with suppress(OSError):
-        if (self.folder/"drr.npy").stat().st_size == self.manifest["bytes"]: return self
-    raise _damaged(self.folder, "drr.npy is missing or damaged")
+    files = _files_of(self.manifest)
+    for name in files if names is None else names:
+        with suppress(OSError):
+            if (self.folder/name).stat().st_size == files[name]["bytes"]: continue
+        raise _damaged(self.folder, f"{name} is missing or damaged")
+    return self
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #55e842d4
+# %% ../../nbs/13_pairs/05_sets.ipynb #58c54682
 def read_set(
     folder: str | Path,  # folder of a set
     check: bool = True,  # refuse it also where the images are not all there
@@ -132,38 +182,61 @@ def read_set(
     drrs = DRRSet(folder, poses, manifest)
     return drrs.check() if check else drrs
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #ec5f1aa6
+# %% ../../nbs/13_pairs/05_sets.ipynb #7327ef07
 def _read_rows(
-    path: Path,    # of an .npy file whose first axis counts images
-    whole: int,    # bytes that the file should have
+    drrs,          # `DRRSet`
+    name: str,     # of a file
     count: int,    # images in it
     shape: tuple,  # of one image
     dtype: str,    # of a value
     rows,          # which images
 ) -> np.ndarray:   # (len(rows), *shape)
-    "Read some images of a file; the header has the same length in all files of one shape."
-    step = int(np.prod(shape))*np.dtype(dtype).itemsize
-    found = []
-    with open(path, "rb", buffering=0) as file:
-        for row in rows:
-            file.seek(whole - step*(count - row))
-            found.append(np.frombuffer(file.read(step), dtype).reshape(shape))
-    return np.stack(found)
+    "Read some images of a file of a set; before them comes a header, of whatever length."
+    step, images = int(np.prod(shape))*np.dtype(dtype).itemsize, []
+    whole = _files_of(drrs.check([name]).manifest)[name]["bytes"]
+    try:
+        with open(drrs.folder/name, "rb", buffering=0) as file:
+            for row in rows:
+                file.seek(whole - step*(count - row))
+                images.append(np.frombuffer(file.read(step), dtype).reshape(shape))
+        return np.stack(images)
+    except (OSError, ValueError): raise _damaged(drrs.folder, f"{name} is missing or damaged") from None
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #e5d15877
+# %% ../../nbs/13_pairs/05_sets.ipynb #aeaf49ed
 def _has_range(images: np.ndarray) -> bool: # (N, H, W): whether every one is finite and not all of one value
     values = torch.from_numpy(images).float()  # numpy takes twenty times as long to widen half precision
     low, high = values.amin((1, 2)), values.amax((1, 2))
     return bool(((-np.inf < low) & (low < high) & (high < np.inf)).all())
 
-# %% ../../nbs/13_pairs/05_sets.ipynb #6cd27f4c
+# %% ../../nbs/13_pairs/05_sets.ipynb #482f6f26
 @patch
 def read_images(self: DRRSet,
     rows,         # which DRRs
 ) -> np.ndarray:  # (len(rows), H, W) float16 line integrals
     "Read some DRRs, and refuse what cannot be trained on."
-    size, whole = self.manifest["carm"]["size"], self.manifest["bytes"]
-    try: images = _read_rows(self.check().folder/"drr.npy", whole, len(self.poses), (size, size), "<f2", rows)
-    except (OSError, ValueError): raise _damaged(self.folder, "drr.npy is missing or damaged") from None
+    size = self.manifest["carm"]["size"]
+    images = _read_rows(self, "drr.npy", len(self.poses), (size, size), "<f2", rows)
     if _has_range(images): return images
     raise _damaged(self.folder, "drr.npy holds a picture with no range or with values that are not finite")
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #0e9ccac5
+def _without_slabs(which):
+    return RadRotatorError(f"cannot learn depth from DRR sets: {which} without slabs. Render them with radrotator "
+                           "pairs --slabs 24, train on the CTs themselves with --cts, or choose --preset paper.",
+                           "NO_SLABS")
+
+# %% ../../nbs/13_pairs/05_sets.ipynb #a840fd14
+@patch
+def read_slabs(self: DRRSet,
+    rows,     # which pictures, of those that have slabs
+) -> tuple:   # slabs (n, K, C, C), dense (n, K, S, S), valid (n, 1, C, C), fov (n,): float32, as in a `SlabBatch`
+    "Read the slabs of some pictures, and refuse what cannot be trained on."
+    about = self.manifest.get("slabs")
+    if not about: raise _without_slabs(f"{self.folder.name} is")
+    shapes, count = _slab_shapes(about["count"], about["canvas"], about["size"]), len(about["views"])
+    kinds = zip(SLAB_FILES.items(), shapes)
+    slabs, dense, valid = (_read_rows(self, name, count, shape, dtype, rows) for (name, dtype), shape in kinds)
+    if not _has_range(slabs.reshape(len(slabs), -1, about["canvas"])) or not np.isfinite(dense).all():
+        raise _damaged(self.folder, "slabs.npy or dense.npy holds a picture with no range or with values not finite")
+    fov = [about["views"][row]["fov"] for row in rows]
+    return tuple(np.asarray(values, np.float32) for values in (slabs, dense, valid[:, None], fov))

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['dense_part', 'SlabSource']
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #a5ae55cd
+# %% ../../nbs/13_pairs/04_slabs.ipynb #1088edf4
 from dataclasses import dataclass, replace
 
 import numpy as np, torch
+from fastcore.basics import patch
 
+from ..core import rng
 from ..ct import CT
 from ..drr import Renderer
 from ..geometry import CArm, rotation, slab_planes
 from .plan import SetPlan
 from ..phantom import LABELS
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #7627890f
+# %% ../../nbs/13_pairs/04_slabs.ipynb #36c38f7a
 DENSE_HU = 200.0  # from here on, without labels, a voxel counts as bone or metal
 DENSE_LABELS = tuple(LABELS[name] for name in ("hip_left", "hip_right", "sacrum", "vertebrae", "femur_left",
                                                "femur_right", "implant", "cement"))
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #187cad76
+# %% ../../nbs/13_pairs/04_slabs.ipynb #f8e44026
 def dense_part(
     ct: CT,  # with labels of a phantom, or without
 ) -> CT:     # the same volume, air where there is neither bone nor metal
@@ -29,7 +31,7 @@ def dense_part(
     kept = ct.hu > DENSE_HU if ct.labels is None else np.isin(ct.labels, DENSE_LABELS)
     return replace(ct, hu=np.where(kept, ct.hu, np.float32(-1000)))
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #851b37b5
+# %% ../../nbs/13_pairs/04_slabs.ipynb #26016dbd
 def _tissue_faces(ct):
     "Give (3, 2) mm about the isocentre where the volume ends along each axis; infinite where it ends in air."
     first = ct.affine[:3, 3]
@@ -38,7 +40,7 @@ def _tissue_faces(ct):
     in_tissue = [[np.take(ct.hu, i, axis).max() > -500 for i in (0, -1)] for axis in range(3)]
     return np.where(in_tissue, np.sort(ends, 1), [-np.inf, np.inf])
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #1f8ac28c
+# %% ../../nbs/13_pairs/04_slabs.ipynb #26362b22
 @dataclass(frozen=True)
 class SlabView:
     "From where a patient is seen."
@@ -46,7 +48,7 @@ class SlabView:
     carm: CArm          # geometry of the picture
     offset: np.ndarray  # (3,) RAS mm by which the isocentre is moved
 
-# %% ../../nbs/13_pairs/04_slabs.ipynb #fabae8ea
+# %% ../../nbs/13_pairs/04_slabs.ipynb #63fa7f63
 class SlabSource:
     "A volume made ready to be seen slab by slab."
     def __init__(self,
@@ -54,7 +56,7 @@ class SlabSource:
         ct: CT,        # volume, with labels or without
         carm: CArm,    # with the largest field of view that does not show where the volume ends
     ):
-        self.plan, self.carm, self.faces = plan, carm, _tissue_faces(ct)
+        self.plan, self.name, self.carm, self.faces = plan, ct.name, carm, _tissue_faces(ct)
         self.whole, self.dense = (Renderer(volume, plan.engine, plan.device) for volume in (ct, dense_part(ct)))
 
     def draw_view(self,
@@ -66,24 +68,35 @@ class SlabSource:
         shift = rotation(pose).T @ (random.uniform(-self.plan.shift, self.plan.shift, 3)*[1, 0, 1])
         return SlabView(pose, carm, self.whole.recentred(pose, carm, shift)[0])
 
-    def valid_mask(self,
-        view: SlabView, # of the picture
-    ) -> np.ndarray:    # (C, C) bool
-        "Mark where rays of the canvas stay clear of the ends of the volume."
-        canvas = self.plan.canvas
-        place = ((np.arange(canvas)*2 + 1)/canvas - 1)*view.carm.widened(canvas).fov/2
-        reach = 150*np.abs(np.sin(np.radians(view.pose))).sum() + 0.18*np.abs(place)
-        def inside(axis):
-            low, high = self.faces[axis]
-            return (view.offset[axis] - place > low + reach) & (view.offset[axis] - place < high - reach)
-        return inside(2)[:, None] & inside(0)
+# %% ../../nbs/13_pairs/04_slabs.ipynb #a67ef3de
+@patch
+def valid_mask(self: SlabSource,
+    view: SlabView, # of the picture
+) -> np.ndarray:    # (C, C) bool
+    "Mark where rays of the canvas stay clear of the ends of the volume."
+    canvas = self.plan.canvas
+    place = ((np.arange(canvas)*2 + 1)/canvas - 1)*view.carm.widened(canvas).fov/2
+    reach = 150*np.abs(np.sin(np.radians(view.pose))).sum() + 0.18*np.abs(place)
+    def inside(axis):
+        low, high = self.faces[axis]
+        return (view.offset[axis] - place > low + reach) & (view.offset[axis] - place < high - reach)
+    return inside(2)[:, None] & inside(0)
 
-    def render(self,
-        view: SlabView, # of the picture
-    ) -> tuple:         # slabs (K, C, C), dense (K, S, S), valid (1, C, C), fov
-        "Render the slabs of one picture."
-        planes, canvas = slab_planes(view.carm, self.plan.slabs), view.carm.widened(self.plan.canvas)
-        slabs = self.whole.slabs(view.pose, canvas, planes, self.plan.oversample, view.offset)[0]
-        dense = self.dense.slabs(view.pose, view.carm, planes, 1, view.offset)[0]
-        valid = torch.from_numpy(self.valid_mask(view))[None]
-        return slabs, dense, valid.to(slabs), torch.tensor(view.carm.fov)
+# %% ../../nbs/13_pairs/04_slabs.ipynb #5c32c700
+@patch
+def render(self: SlabSource,
+    view: SlabView, # of the picture
+) -> tuple:         # slabs (K, C, C), dense (K, S, S), valid (1, C, C), fov
+    "Render the slabs of one picture."
+    planes, canvas = slab_planes(view.carm, self.plan.slabs), view.carm.widened(self.plan.canvas)
+    slabs = self.whole.slabs(view.pose, canvas, planes, self.plan.oversample, view.offset)[0]
+    dense = self.dense.slabs(view.pose, view.carm, planes, 1, view.offset)[0]
+    valid = torch.from_numpy(self.valid_mask(view))[None]
+    return slabs, dense, valid.to(slabs), torch.tensor(view.carm.fov)
+
+# %% ../../nbs/13_pairs/04_slabs.ipynb #e67b89b4
+@patch
+def set_views(self: SlabSource) -> list[SlabView]: # `slab_views` of them
+    "Draw the views whose slabs go into a set."
+    streams = (rng(self.plan.seed, self.name, "slab view", number) for number in range(self.plan.slab_views))
+    return [self.draw_view(random) for random in streams]
