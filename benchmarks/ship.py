@@ -18,7 +18,9 @@ from radrotator.evaluate.patients import atlas_patients, ct_patients
 from radrotator.evaluate.protocol import Protocol
 from radrotator.evaluate.report import save_release, write_report
 from radrotator.train.losses import LiftingConfig
-from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
+from radrotator.pairs.folds import TRAIN, VALIDATE
+from radrotator.pairs.live import OnTheFlyPairs, OnTheFlySlabs
+from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.radiograph.image import Radiograph
 from radrotator.rotate import RadRotator, fit_known, training_pictures
 from radrotator.train.trainer import with_settings

@@ -356,7 +356,7 @@ def ingest_command(
     check_folder(out)
     from radrotator.ct.curate import IngestConfig
     from radrotator.ct.ingest import ingest
-    from radrotator.pairs import write_folds
+    from radrotator.pairs.folds import write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage, years=years, patient=patient)
     report = report or out.with_name(f"{out.resolve().name}_report.csv")
     rows = ingest(sources, out, report, config, workers or cores(), functools.partial(bar, what="taking in"))
@@ -402,6 +402,7 @@ def pairs_command(
     oversample: Annotated[int, typer.Option(min=1, max=8, help="rays along each side of a pixel, averaged")] = 1,  # rays
     seed: Seed = 0,          # of the poses and of new folds
     workers: Annotated[int, typer.Option(min=1, max=1024, help="processes; one uses all cores to render, more also read side by side, at about 1 GB each")] = 1,  # processes
+    slabs: Annotated[int, typer.Option(min=0, max=256, help="slabs of 64 further pictures of each CT, for presets that lift, which take 24")] = 0,  # K
     centre: Centre = "picture",  # to turn about
     device: Device = "cpu",  # where to render
 ) -> Result:
@@ -409,11 +410,12 @@ def pairs_command(
     share = shard_of(shard)
     check_folder(out)
     from radrotator.ct.volume import REASONS
-    from radrotator.pairs import SetPlan, ct_sets
+    from radrotator.pairs.jobs import ct_sets
+    from radrotator.pairs.plan import SetPlan
     from radrotator.rotate import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
-    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre)
+    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre, slabs=slabs, canvas=slabs and size + size//4*2)
     rows = ct_sets(cts, out, plan, share, workers, functools.partial(bar, what="rendering"), folds)
     count = {status: sum(row["status"] == status for row in rows) for status in ("made", "kept", "refused", "stray")}
     known = dict(out=out, shard=shard, centre=centre) | count | dict(drrs=sum(row["drrs"] for row in rows), reasons=reasons_of(rows))
@@ -667,7 +669,8 @@ def feeds_of(
     progress,       # wraps the volumes while the first ones are made
 ) -> tuple:         # pairs to train on; pairs of fold 6, or None; of CTs to watch, or None; and what weights say of them
     "The pairs that are meant, and where they come from."
-    from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
+    from radrotator.pairs.plan import SetPlan
+    from radrotator.pairs.sources import PhantomPlan, bones_hash, ct_jobs, phantom_jobs
     from radrotator.train.trainer import from_jobs, from_sets, to_watch, with_settings
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
@@ -686,7 +689,7 @@ def feeds_of(
     bones = dict(bones=", ".join(Path(one).name for one in plan.bones.split(",")), bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
     watch = asked.watch and to_watch(asked.watch, plan, config, device)
     if watch: check_watched(watch.jobs, jobs)
-    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
+    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.manifest_fields() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
 
 # %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(

@@ -31,7 +31,7 @@ from .geometry import AXES, LIMIT, check_angles
 from .model.heads import Lifted, lift_picture, turn_lifted
 from .model.lift import Lift, sample_shares
 from .train.losses import LiftingConfig, ask
-from .pairs import Pairs
+from .batch import Feed
 from .radiograph.image import Radiograph, resize, restore
 from .radiograph.read import read_radiograph
 from .radiograph.write import TITLE, burn_mark, write_picture
@@ -422,7 +422,7 @@ def strangeness(
 
 # %% ../nbs/11_rotate.ipynb #538fc960
 def training_pictures(
-    data: Pairs,                            # pairs or slabs of the patients that are trained on, or of others
+    data: Feed,                             # pairs or slabs of the patients that are trained on, or of others
     recipe: TransformConfig | LiftingConfig,# of the training
     steps: int,                             # how many batches are drawn
     each: int = 6,                          # pictures in a batch

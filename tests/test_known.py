@@ -9,7 +9,7 @@ from radrotator.core import shared_data
 from radrotator.ct.read import read_ct
 from radrotator.drr.render import render
 from radrotator.geometry import CArm
-from radrotator.pairs import unit_range
+from radrotator.batch import unit_range
 from radrotator.phantom import BoneAtlas, phantom
 from radrotator.radiograph.image import Radiograph, to_unit
 from radrotator.radiograph.read import read_radiograph

@@ -13,7 +13,7 @@ from ..drr.render import Renderer
 from .views import SCALE
 from ..geometry import CArm, slab_depths, slab_planes
 from ..model.lift import crop_middle
-from ..pairs import dense_part
+from ..pairs.slabs import dense_part
 from ..radiograph.image import Radiograph
 
 # %% ../../nbs/41_evaluate/09_depth.ipynb #caa7a228

@@ -18,7 +18,8 @@ from scipy import ndimage
 from ..core import RadRotatorError
 from ..ct.read import read_ct
 from ..ct.volume import CT
-from ..pairs import TEST, cts_in, read_folds
+from ..pairs.folds import TEST, read_folds
+from ..pairs.sources import cts_in
 from ..phantom import BoneAtlas, phantom
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #dfc20c5e

@@ -21,7 +21,7 @@ from .protocol import Protocol, pure_turns
 from .rows import angle_errors, view_row
 from .views import SCALE, View, ask_model, true_views
 from ..geometry import CArm
-from ..pairs import unit_range
+from ..batch import unit_range
 from ..register.register import Registrar
 
 # %% ../../nbs/41_evaluate/07_styles.ipynb #27fa352d

@@ -33,8 +33,13 @@ from ..geometry import AXES
 from ..html import render_page
 from ..model.lift import Lift, LiftConfig
 from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
-from ..pairs import (VALIDATE, Batch, Job, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SetPlan, SlabBatch, cts_in,
-                              patient_of, read_manifest, sets_in)
+from ..batch import Batch, Feed, SlabBatch
+from ..pairs.dataset import PairDataset, SlabDataset
+from ..pairs.folds import VALIDATE
+from ..pairs.live import OnTheFlyPairs, OnTheFlySlabs
+from ..pairs.plan import Job, SetPlan
+from ..pairs.sets import read_manifest, sets_in
+from ..pairs.sources import cts_in, patient_of
 from .transforms import TransformConfig, training_transforms
 from ..tone import from_signed
 from ..model.unet import UNet, UNetConfig
@@ -275,7 +280,7 @@ def loss_of(
 
 # %% ../../nbs/21_train/03_trainer.ipynb #0fd837c4
 def exam(
-    data: Pairs,          # of the validation fold
+    data: Feed,           # of the validation fold
     config: TrainConfig,  # of the run
     device,               # where to compute
 ) -> list[Question]:      # the same in every run with the same data
@@ -326,7 +331,7 @@ class _Shares(Dataset):
 
 # %% ../../nbs/21_train/03_trainer.ipynb #f728d5d3
 def feed(
-    data: Pairs,         # to draw from
+    data: Feed,          # to draw from
     seed: int,           # of the run
     steps: range,        # for which steps
     share: range,        # which pairs of each step
@@ -471,12 +476,12 @@ class Trainer:
     def __init__(self,
         folder: str | Path,              # of the run
         config: TrainConfig,             # what to do
-        data: Pairs,                     # pairs to train on
-        validation: Pairs | None,        # pairs of fold 6
+        data: Feed,                      # pairs to train on
+        validation: Feed | None,         # pairs of fold 6
         machine: Machine = Machine(),    # how to compute
         accelerator=None,                # from `join`; None: a single process on the CPU
         about: dict | None = None,       # provenance to write into the weights: command, data, commit
-        watched: Pairs | None = None,    # of CTs that help to choose the best weights and are never learned from
+        watched: Feed | None = None,     # of CTs that help to choose the best weights and are never learned from
     ):
         self.folder, self.config, self.data, self.machine, self.about = Path(folder), config, data, machine, about or {}
         self.accelerator = accelerator or join()
@@ -926,20 +931,36 @@ def fit(self: Trainer,
             ready = time.monotonic()
     return end or "steps"
 
+# %% ../../nbs/21_train/03_trainer.ipynb #5a1b0c01
+def _check_shape(
+    data,                 # `PairDataset` or `SlabDataset`
+    folder: str | Path,   # of the DRR sets, for the message
+    config: TrainConfig,  # of the run
+):
+    "Refuse sets whose pictures, or slabs, have not the size that the network takes."
+    size, wanted, lift = data.sets[0].manifest["carm"]["size"], config.shape.size, config.lift
+    if size != wanted:
+        raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose "
+                              f"another preset, set {'lift' if lift else 'unet'}.size={size}, or render with --size {wanted}")
+    if not lift or data.shape == (lift.slabs, lift.canvas, size): return
+    slabs, canvas, _ = data.shape
+    raise RadRotatorError(f"cannot learn depth from the DRR sets in {folder}: they hold {slabs} slabs on {canvas}², and the "
+                          f"network takes {lift.slabs} on {lift.canvas}². Set lift.slabs={slabs} and lift.canvas={canvas}, "
+                          f"or render with --slabs {lift.slabs}.", "OTHER_SLABS")
+
 # %% ../../nbs/21_train/03_trainer.ipynb #945287d4
 def from_sets(
     folder: str | Path,   # of DRR sets
     config: TrainConfig,  # of the run
-) -> tuple:               # pairs of folds 1 to 5; pairs of fold 6, or None where there is none
+) -> tuple:               # pairs, or slabs, of folds 1 to 5; of fold 6, or None where there is none
     "Feeds that read DRR sets."
     if (Path(folder)/"manifest.json").exists(): raise RadRotatorError(f"{folder} is one DRR set; give the folder that holds it and others")
     if not sets_in(folder): raise RadRotatorError(f"{folder} holds no DRR set; give the folder that radrotator pairs wrote" + (", or train on these CTs with --cts" if any(Path(folder).glob("*.nii*")) else ""))
-    if config.lift: raise RadRotatorError("cannot learn depth from DRR sets: they hold views, and no slabs. Train on the CTs themselves, with --cts, or choose --preset paper.")
-    data, examined = PairDataset(folder), any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
-    size = data.sets[0].manifest["carm"]["size"]
-    wanted = config.shape.size
-    if size != wanted: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose another preset, set unet.size={size}, or render with --size {wanted}")
-    return data, PairDataset(folder, folds=VALIDATE) if examined else None
+    reader = SlabDataset if config.lift else PairDataset
+    data = reader(folder)
+    _check_shape(data, folder, config)
+    examined = any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
+    return data, reader(folder, folds=VALIDATE) if examined else None
 
 # %% ../../nbs/21_train/03_trainer.ipynb #dcbe59bc
 def feed_plan(
@@ -972,7 +993,7 @@ def to_watch(
     plan: SetPlan,        # as the run's; of a `PhantomPlan` that part which is not about phantoms
     config: TrainConfig,  # of the run
     device: str = "cpu",  # where to render
-) -> Pairs:               # for `Trainer`
+) -> Feed:                # for `Trainer`
     "Open CTs that are looked at while training and never learned from."
     if not Path(path).exists(): raise RadRotatorError(f"cannot watch {path}: it is not there. Give a CT, or a folder of CTs.")
     files = cts_in(path) if Path(path).is_dir() else {stem_of(path): Path(path)}
