@@ -63,7 +63,7 @@ POPULATION = "population shares (no network)"
 # %% ../../nbs/41_evaluate/04_baselines.ipynb #f427ba64
 SLABS = 24  # of the oracle, where the model has none
 
-# %% ../../nbs/41_evaluate/04_baselines.ipynb #12f6a14f
+# %% ../../nbs/41_evaluate/04_baselines.ipynb #09bd7f67
 def oracle_views(
     ct: CT,              # the patient
     views: list[View],   # of whoever
@@ -71,7 +71,8 @@ def oracle_views(
     slabs: int = SLABS,  # K
 ) -> list[View]:         # the same cases
     "Turn the CT's own slabs."
-    renderer, answers = Renderer(ct), [*views]
+    renderer = Renderer(ct)
+    answers = [*views]
     planes, depths = slab_planes(carm, slabs), slab_depths(carm, slabs)
     canvas = carm.widened(carm.size*3//2)
     for group in group_by_input(views):
@@ -95,14 +96,15 @@ def population_shares(
     frame = crop_middle(wide, S)
     return Shares(frame, frame, wide, torch.ones(1, 1, C, C), None)
 
-# %% ../../nbs/41_evaluate/04_baselines.ipynb #cb206e4f
+# %% ../../nbs/41_evaluate/04_baselines.ipynb #70c0d72a
 @torch.no_grad()
 def population_views(
     network,             # `Lift`
     views: list[View],   # of whoever
 ) -> list[View]:         # the same cases, as asked: R(V) after the input's pose
     "Turn the mean shares of the training patients times the input."
-    shares, answers = population_shares(network), [*views]
+    shares = population_shares(network)
+    answers = [*views]
     known = torch.ones(1, 1, network.config.size, network.config.size)
     for group in group_by_input(views):
         first = views[group[0]]

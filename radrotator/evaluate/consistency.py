@@ -38,7 +38,7 @@ def rank_correlation(
     if len(np.unique(found[known])) < 2: return 0.0
     return float(stats.spearmanr(asked[known], found[known])[0])
 
-# %% ../../nbs/41_evaluate/08_consistency.ipynb #a17eb990
+# %% ../../nbs/41_evaluate/08_consistency.ipynb #e662d1f8
 def sweep_figures(
     model,                # judged
     ct: CT,               # the patient
@@ -50,7 +50,8 @@ def sweep_figures(
     **sampling,           # as for `RadRotator.rotate`
 ) -> dict:                # angles found (NaN: not judged), their rank; change, flicker; some frames
     "Measure how a sweep follows the true one: the angles, and how frames change, relative to the true sweep's."
-    angles, about = np.linspace(-LIMIT, LIMIT, protocol.frames), AXES.index(axis)
+    angles = np.linspace(-LIMIT, LIMIT, protocol.frames)
+    about = AXES.index(axis)
     views = turned_views(model, ct, angles[:, None]*np.eye(3)[about], name, carm, **sampling)
     answers, truths = [view.rotated for view in views], [view.truth for view in views]
     registered = registrar(np.stack(answers), [view.offset for view in views])

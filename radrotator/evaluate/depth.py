@@ -44,7 +44,7 @@ def error_and_spread(
     spread = weighted_mean((true - weighted_mean(true, weight)).abs(), weight)
     return error.item(), spread.item()
 
-# %% ../../nbs/41_evaluate/09_depth.ipynb #52733960
+# %% ../../nbs/41_evaluate/09_depth.ipynb #dd493159
 @torch.no_grad()
 def depth_errors(
     model,        # `RadRotator` that lifts
@@ -52,7 +52,8 @@ def depth_errors(
     carm: CArm,   # geometry
 ) -> dict:        # mm: field of view; mean absolute error of the depth of tissue and of detail; spread of the truth
     "Measure how well a frontal input's depth is known, weighted by what lies there."
-    pose, K = np.zeros((1, 3)), model.network.config.slabs
+    K = model.network.config.slabs
+    pose = np.zeros((1, 3))
     planes, depths = slab_planes(carm, K), slab_depths(carm, K)
     whole, dense = Renderer(ct), Renderer(dense_part(ct))
     offset = whole.recentred(pose, carm)

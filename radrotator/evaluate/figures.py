@@ -98,12 +98,13 @@ def skill_figure(
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
-# %% ../../nbs/41_evaluate/12_figures.ipynb #7de38aa2
+# %% ../../nbs/41_evaluate/12_figures.ipynb #edd2b3e9
 def sweep_figure(
     sweep: dict,  # from `sweep_figures`
 ):                # matplotlib Figure
     "Draw frames of a sweep over the true ones."
-    strip, about = sweep["strip"], AXES.index(sweep["axis"])
+    strip = sweep["strip"]
+    about = AXES.index(sweep["axis"])
     figure, axes = new_figure(9, 2.7, 2, len(strip))
     for column, view in zip(axes.T, strip):
         show_picture(column[0], view.rotated, f"{view.rotation[about]:+.0f}°")
@@ -124,14 +125,15 @@ def angles_figure(
     ax.legend(fontsize=6)
     return figure
 
-# %% ../../nbs/41_evaluate/12_figures.ipynb #35ec1cb0
+# %% ../../nbs/41_evaluate/12_figures.ipynb #173ead9f
 def spread_figure(
     spreads: list[Spread],  # of one patient
 ):                          # matplotlib Figure
     "Draw where another noise gives another picture, and where the picture is wrong."
     figure, axes = new_figure(8, 2.1*len(spreads), len(spreads), 4)
     for row, one in zip(axes, spreads):
-        view, top, widest = one.view, np.percentile(one.error, 99.5), one.spread.max()
+        view = one.view
+        top, widest = np.percentile(one.error, 99.5), one.spread.max()
         turn = ", ".join(f"{axis} = {angle:+g}°" for axis, angle in zip(AXES, view.rotation) if angle)
         show_picture(row[0], view.rotated, f"mean view, {turn}")
         show_picture(row[1], view.truth, "true view")

@@ -101,7 +101,7 @@ def depth_rows(
     answers = depth_baselines(model, ct, cases, carm)
     return [view_row(view, method, **unfitted) for method, views in answers.items() for view in views]
 
-# %% ../../nbs/41_evaluate/10_judge.ipynb #4ff1063e
+# %% ../../nbs/41_evaluate/10_judge.ipynb #2a66c4cd
 def judge_patient(
     model,               # judged: `RadRotator`, or whatever has its `size`, `defaults`, `views`, `rotate`
     patient: Patient,    # on whom
@@ -109,7 +109,8 @@ def judge_patient(
     **sampling,          # steps, guidance, solver, detail; None or left out: the model's defaults
 ) -> PatientResult:
     "Ask everything of one patient, who turns about the point that the frontal picture determines."
-    ct, name = patient.make(), patient.name
+    name = patient.name
+    ct = patient.make()
     carm = choose_field(ct, protocol, model.size)
     ct = recentre(ct, carm)
     registrar = Registrar(ct, carm)

@@ -108,7 +108,7 @@ def sweep_row(
     return {"patient": sweep["patient"], "angle follows (rank)": sweep["rank"],
             "change per frame / true": sweep["change"], "jitter / true": sweep["flicker"]}
 
-# %% ../../nbs/41_evaluate/13_report.ipynb #344caa6a
+# %% ../../nbs/41_evaluate/13_report.ipynb #92d08a2a
 def group_section(
     name: str,                     # of the group
     results: list[PatientResult],  # in it
@@ -118,8 +118,8 @@ def group_section(
     first = results[0]
     worst, count = worst_views(results)
     sweeps = [result.sweep for result in results if result.sweep]
-    depth, spreads = depth_table(results), collect_rows(results, "spreads")
-    styles, fine, back = (collect_rows(results, what) for what in ("styles", "fine", "back"))
+    depth = depth_table(results)
+    styles, fine, back, spreads = (collect_rows(results, what) for what in ("styles", "fine", "back", "spreads"))
     return dict(
         name=name, patient=first.name, skill=skill_figure(collect_rows(results)), learning=describe_learning(lines),
         headline=headline_table(lines), sheet=view_sheet(first.shown),

@@ -72,7 +72,7 @@ def styled_views(
     else: warnings.warn(f"the style {EXPOSED!r} is left out, because its packages are not installed; "
                         "pip install radrotator[physics]", RadRotatorWarning)
 
-# %% ../../nbs/41_evaluate/07_styles.ipynb #f05b2ecc
+# %% ../../nbs/41_evaluate/07_styles.ipynb #5dc6ff70
 def style_rows(
     model,                  # judged
     ct: CT,                 # the patient
@@ -83,7 +83,8 @@ def style_rows(
     **sampling,             # as for `RadRotator.rotate`
 ) -> list[dict]:            # one for each style and case
     "Collect skill and angle error in every style."
-    rows, turns = [], pure_turns((protocol.style,))
+    turns = pure_turns((protocol.style,))
+    rows = []
     for style, views in styled_views(model, ct, turns, name, carm, **sampling):
         answers = {"model": views}
         if registrar: answers["true view"] = [replace(view, rotated=view.truth) for view in views]

@@ -117,7 +117,7 @@ def angle_columns(
     return {"angle error": line["error"], "change of error": line["error"] - plain["error"], "floor": truth["error"],
             "not judged": f"{line['not_judged']:.0%}", "true views not judged": f"{truth['not_judged']:.0%}"}
 
-# %% ../../nbs/41_evaluate/11_tables.ipynb #44987118
+# %% ../../nbs/41_evaluate/11_tables.ipynb #8e16ac3e
 def style_table(
     rows: list[dict],  # from `style_rows`
 ) -> list[dict]:       # one line for each style
@@ -125,7 +125,8 @@ def style_table(
     lines = {(line["method"], line["style"]): line for line in summary(rows, ("method", "style"))}
     of_model = [row for row in rows if row["method"] == "model"]
     skills = {(line["style"], line["axis"]): line["skill"] for line in summary(of_model, ("style", "axis"))}
-    plain, table = lines["model", PLAIN], []
+    plain = lines["model", PLAIN]
+    table = []
     for (method, style), line in lines.items():
         if method != "model": continue
         row = {"style": style} | {f"skill about {axis}": skills[style, axis] for axis in AXES}

@@ -29,7 +29,7 @@ class Registration:
 # %% ../../nbs/40_register/03_register.ipynb #161e10d1
 JUDGED = 0.8  # a fit that scores less is not judged
 
-# %% ../../nbs/40_register/03_register.ipynb #01d6270b
+# %% ../../nbs/40_register/03_register.ipynb #acd38474
 class Registrar:
     "Finds the pose of a CT at which its DRR fits a picture."
     SIZES = 32, 64  # pixels, coarse to fine
@@ -43,7 +43,8 @@ class Registrar:
         carm: CArm,          # geometry of the pictures; their size may be another
         spacing: float = 4.0,# mm, to which the CT is resampled
     ):
-        self.carm, self.drr = carm, TurningDRR(ct.resample(spacing))
+        self.carm = carm
+        self.drr = TurningDRR(ct.resample(spacing))
         angles = np.arange(-self.REACH, self.REACH + 1, self.APART)
         self.grid = np.array(list(product(angles, repeat=3)))
         self.grid_tiles = self.tile(self.drr.render(self.grid, replace(carm, size=self.SIZES[0])))
@@ -62,7 +63,7 @@ def choose(
     "Take the new rows where they are better."
     return tuple(np.where(better.reshape(-1, *[1]*(a.ndim - 1)), a, b) for a, b in zip(new, old))
 
-# %% ../../nbs/40_register/03_register.ipynb #71f575bf
+# %% ../../nbs/40_register/03_register.ipynb #503a4d33
 @patch
 def climb(
     self: Registrar,
@@ -73,7 +74,8 @@ def climb(
     "Climb by Levenberg–Marquardt to the pose that fits best."
     carm = replace(self.carm, size=pictures.shape[-1])
     def fit(poses): return similarity(pictures, self.drr(poses, carm, offsets))
-    current, damping = fit(poses), np.full((len(poses), 1), 1e-2)
+    current = fit(poses)
+    damping = np.full((len(poses), 1), 1e-2)
     for _ in range(self.TRIES):
         _, gradient, matrix = current
         damped = damping*np.einsum("nkk->nk", matrix) + 1e-12
