@@ -15,19 +15,23 @@ from radrotator.evaluate import Questions, atlas_patients, ct_patients, judge, p
 from radrotator.train.losses import LiftingConfig
 from radrotator.pairs import TRAIN, VALIDATE, OnTheFlyPairs, OnTheFlySlabs, PhantomPlan, phantom_jobs
 from radrotator.radiograph import Radiograph
-from radrotator.rotate import RadRotator, fit_known, training_pictures
+from radrotator.rotate.novelty import fit_novelty_model
+from radrotator.rotate.rotator import RadRotator
+from radrotator.train.novelty import draw_training_pictures
 from radrotator.train.trainer import with_settings
+from radrotator.train.transforms import TransformConfig
 
 
 def known_of(model, bones, of="frontal pelvis", patients=(240, 100)):
     "What the pictures of the training look like: those of patients of its folds, and for the limits those of others, of fold 6"
     plan, drawn = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=int(model.lifts), canvas=64), []
     feed, refresh = (OnTheFlySlabs, plan.echo) if model.lifts else (OnTheFlyPairs, 1)      # of a lifting network's slabs one is enough: their sum is seen
+    recipe = LiftingConfig() if model.lifts else TransformConfig(**model.about.get("training", {}).get("transforms", {}))
     for folds, steps in zip((TRAIN, VALIDATE), patients):
         data = feed(phantom_jobs(plan), plan, folds=folds, held=1, refresh=refresh)
-        drawn.append(training_pictures(data, LiftingConfig() if model.lifts else model.transforms, steps))
+        drawn.append(draw_training_pictures(data, recipe, steps))
         data.close()
-    return fit_known(*drawn, of)
+    return fit_novelty_model(*drawn, of)
 
 
 def seconds_per_view(model, views=15):

@@ -44,7 +44,7 @@ from .model.lift import Shares
 from .pairs import cts_in, dense_part, read_folds, unit_range
 from .phantom import BoneAtlas, phantom
 from .radiograph import Radiograph, resize
-from .rotate import RadRotator
+from .rotate.rotator import RadRotator
 from .train.trainer import Comparison, image_tag, page, table_tag, view_sheet
 from .tone import match_histogram
 from .model.weights import save_weights

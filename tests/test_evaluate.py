@@ -134,7 +134,7 @@ def test_a_table_is_masked_and_bones_are_left_alone(tmp_path):
 def test_weights_that_lift_stand_between_no_network_and_perfect_depth(soft):
     from radrotator.evaluate import (AFFINE, CENTRE, ORACLE, PLAIN, POPULATION, UNKNOWN, Patient, Questions, fine_table,
                                      headline, judge_page, judge_patient, summary)
-    from radrotator.rotate import RadRotator
+    from radrotator.rotate.rotator import RadRotator
     model = RadRotator.from_pretrained(device="cpu")
     patient = Patient("phantoms", "phantom", lambda: phantom(2**31 + 7, spacing=3.0, soft=soft))
     found = judge_patient(model, patient, Questions(angles=(0, 12), compound=1, frames=0, fine=96))

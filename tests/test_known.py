@@ -12,14 +12,18 @@ from radrotator.geometry import CArm
 from radrotator.pairs import unit_range
 from radrotator.phantom import BoneAtlas, phantom
 from radrotator.radiograph import Radiograph, read_radiograph, to_unit
-from radrotator.rotate import RadRotator, small, strangeness
+from radrotator.rotate.novelty import novelty_score, shrink_radiograph
+from radrotator.rotate.rotator import RadRotator
 
 
 @pytest.fixture(scope="module")
 def model(): return RadRotator.from_pretrained(device="cpu")
 
 
-def far(model, picture): return strangeness(small(Radiograph(to_unit(picture))).square(64)[0], model.about["known"])
+def far(model, picture):
+    "Novelty score of a picture for these weights"
+    small = shrink_radiograph(Radiograph(to_unit(picture)))
+    return novelty_score(small.square(64)[0], model.about["known"])
 
 
 def jpeg(picture):
