@@ -185,7 +185,7 @@ def test_outputs(command, out, here, capfd):
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
-    ("sweep hip.png -o out.avi --weights untrained.safetensors", "end it in .mp4 or .gif"),
+    ("sweep hip.png -o out.avi --weights untrained.safetensors", "End it in .mp4 or .gif"),
     ("sweep hip.png -o hip.png", "exists already"),
     ("sweep hip.png -o nowhere/out.mp4", "does not exist"),
     ("sweep hip.png -o out.mp4 --axis w", "--axis"),
@@ -445,7 +445,7 @@ def test_how_a_radiograph_is_read_and_marked(here, capfd):
 
 
 def test_what_the_weights_do_not_know_is_turned_with_a_warning(here, capfd, monkeypatch):
-    monkeypatch.setattr("radrotator.rotate.RadRotator.unfamiliar", lambda self, radiograph, crop: "this looks like a horse; judge for yourself")
+    monkeypatch.setattr("radrotator.rotate.rotator.RadRotator.unfamiliar", lambda self, radiograph, crop: "this looks like a horse; judge for yourself")
     for words in ("rotate", "-o", "horse.png"), ("sweep", "-o", "horse.gif", "--frames", 2):
         assert main([*map(str, words), "hip.png", "--json", *WEIGHTS]) == 0
         out, err = capfd.readouterr()
@@ -537,7 +537,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
     assert main(["doctor"]) == 0
     said = capfd.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in said and "weights tiny" in said and "turn of a drawn pelvis" in said and str(Path.home()) not in said and str(Path.cwd()) not in said
-    monkeypatch.setattr("radrotator.rotate.has_encoder", lambda: False)
+    monkeypatch.setattr("radrotator.rotate.video.has_encoder", lambda: False)
     monkeypatch.setattr("importlib.metadata.version", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package)))
     assert main(["doctor", "--json"]) == 0                                        # none of this is needed to rotate
     missing = {check["name"]: check for check in json.loads(capfd.readouterr().out)["checks"] if check["found"] is None}
@@ -545,7 +545,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
 
 
 def test_the_doctor_finds_damaged_weights(capfd, monkeypatch, tmp_path):
-    for module in "importlib.resources", "radrotator.rotate": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
+    for module in "importlib.resources", "radrotator.rotate.rotator": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
     (tmp_path/"weights").mkdir()
     (tmp_path/"weights"/"tiny.safetensors").write_text("damaged")
     assert main(["doctor"]) == 1

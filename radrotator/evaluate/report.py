@@ -23,7 +23,7 @@ from .tables import (back_table, collect_rows, depth_table, describe_depth, desc
 from ..geometry import AXES
 from ..html import render_page
 from ..register.register import JUDGED
-from ..rotate import RadRotator
+from ..rotate.rotator import RadRotator
 from ..train.trainer import view_sheet
 from ..model.weights import save_weights
 

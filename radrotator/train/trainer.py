@@ -444,7 +444,7 @@ def keep_memory():
 
 # %% ../../nbs/21_train/03_trainer.ipynb #71489960
 def join(
-    device: str = "cpu",  # as from `rotate.pick_device`
+    device: str = "cpu",  # as from `rotate.rotator.pick_device`
 ):                        # `accelerate.Accelerator`
     "Join the other processes of a distributed run, or be alone."
     from accelerate import Accelerator
