@@ -25,7 +25,7 @@ from radrotator.radiograph.image import Radiograph
 from radrotator.rotate.novelty import fit_novelty_model
 from radrotator.rotate.rotator import RadRotator
 from radrotator.train.novelty import draw_training_pictures
-from radrotator.train.trainer import with_settings
+from radrotator.train.config import with_settings
 from radrotator.train.transforms import TransformConfig
 
 SHIPPED = "patients", "headline", "styles", "depth"  # figures that the weights file carries
@@ -43,7 +43,7 @@ def draw_pictures(model, plan, folds, steps):
 
 def known_of(model, bones, of="frontal pelvis", patients=(240, 100)):
     "Learn what the training's pictures look like from patients of its folds, and the limits from those of fold 6"
-    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=int(model.lifts), canvas=64)
+    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=2*model.lifts, canvas=64*model.lifts)
     drawn = [draw_pictures(model, plan, folds, steps) for folds, steps in zip((TRAIN, VALIDATE), patients)]
     return fit_novelty_model(*drawn, of)
 

@@ -666,6 +666,6 @@ def test_completion_by_protocol(shell):
 
 def test_what_is_completed_is_what_can_be_chosen():
     from radrotator.model.sample import SOLVERS
-    from radrotator.train.trainer import PRESETS
+    from radrotator.train.config import PRESETS
     offered = lambda name, option: [item.value for item in next(p for p in COMMANDS[name].params if option in p.opts).shell_complete(COMMANDS[name].make_context(name, [], resilient_parsing=True), "")]
     assert offered("rotate", "--solver") == [*SOLVERS] and offered("train", "--preset") == [*PRESETS]
