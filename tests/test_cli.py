@@ -404,9 +404,9 @@ def test_train_and_train_on(here, capfd):
 
 
 def test_demo_twice(here, capfd, monkeypatch):
-    import radrotator.phantom
-    seeds, coarse = [], radrotator.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
+    import radrotator.phantom.phantom as room
+    seeds, coarse = [], room.phantom
+    monkeypatch.setattr(room, "phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
     assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
@@ -524,7 +524,7 @@ def test_patient_data_comes_along_only_by_name(here, capfd, tmp_path):
     accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"none.dcm", *WEIGHTS)
     accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"kept.dcm", "--keep", "PatientID", "--keep", "BodyPartExamined", *WEIGHTS)
     none, kept = (pydicom.dcmread(tmp_path/f"{name}.dcm") for name in ("none", "kept"))
-    assert "4711" not in str(none) and (kept.PatientID, kept.BodyPartExamined) == ("4711", "PELVIS") and secret not in str(kept)
+    assert "4711" not in str(none) and (kept.PatientID, kept.BodyPartExamined) == ("ID4711", "PELVIS") and secret not in str(kept)
     assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.dcm"), "--keep", "PixelData", *WEIGHTS]) == 2 and not (tmp_path/"no.dcm").exists()
     assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.png"), "--keep", "PatientID", *WEIGHTS]) == 2 and not (tmp_path/"no.png").exists()
 
