@@ -32,7 +32,7 @@ def panels(model, soft):
     ct = phantom(UNSEEN, spacing=2.0, soft=soft)
     each, which = np.unique(poses(), axis=0, return_inverse=True)
     carm, renderer = fit_fov(ct, CArm(size=SIZE, fov=300.0), each), Renderer(ct)
-    offset = renderer.recentred(np.zeros((1, 3)), carm)
+    offset = renderer.centre_offsets(np.zeros((1, 3)), carm)
     input, *truths = renderer(np.concatenate([np.zeros((1, 3)), each]), carm, 2, offset[0]).numpy()
     scale = SCALE/input.max()
     rotated = [view.pixels for view in model.views(Radiograph(input*scale, linear=True), each)]

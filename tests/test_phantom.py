@@ -147,10 +147,10 @@ def test_both_hips_replaced():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_ray_shows_where_the_volume_ends(seed):
-    from radrotator.drr.frame import truncated
+    from radrotator.drr.frame import find_truncation
     from radrotator.geometry import CArm
     corners = np.array(np.meshgrid([-15, 15], [-15, 15], [-15, 15])).reshape(3, -1).T
-    assert not truncated(phantom(seed, 6.0, soft=True), corners, CArm(size=24, fov=320)).any()
+    assert not find_truncation(phantom(seed, 6.0, soft=True), corners, CArm(size=24, fov=320)).any()
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -22,11 +22,11 @@ MU_WATER = 0.0193  # 1/mm at 70 keV, NIST XCOM
 def attenuation(
     hu: np.ndarray,  # Hounsfield units, any shape
 ) -> np.ndarray:     # 1/mm, float32, same shape, ≥ 0
-    "Linear attenuation coefficient μ at 70 keV."
+    "Compute the linear attenuation coefficient μ at 70 keV."
     return (MU_WATER*np.clip(1 + np.asarray(hu, np.float32)/1000, 0, None)).astype(np.float32)
 
 # %% ../../nbs/12_drr/00_attenuation.ipynb #cff3cabf
-def _isocentred(
+def _affine_about_isocentre(
     ct: CT,        # its isocentre is `ct.centre`
 ) -> np.ndarray:   # (4, 4) voxel index → RAS mm about the isocentre
     "Move the CT's affine so that the isocentre is the origin."
@@ -37,13 +37,13 @@ def _isocentred(
 # %% ../../nbs/12_drr/00_attenuation.ipynb #37f7bedf
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    "A volume of attenuation, coarsened: enough to weigh what a picture shows."
+    "A coarsened volume of attenuation, enough to weigh what a picture shows."
     centres: np.ndarray  # (3, M) float32 RAS mm about the isocentre
     weights: np.ndarray  # (M,) float32 mm²: attenuation times volume, positive
     side: float          # mm, of a block
 
     @classmethod
-    def of(cls,
+    def coarsen(cls,
         mu: np.ndarray,      # (X, Y, Z) attenuation, 1/mm
         affine: np.ndarray,  # (4, 4) voxel index → RAS mm about the isocentre
         side: float = 9.0,   # mm, nearly; at least one voxel
@@ -51,45 +51,48 @@ class Blocks:
         "Add up the voxels of each block; blocks at the far borders may be smaller."
         middles = []
         for axis, spacing in enumerate(np.linalg.norm(affine[:3, :3], axis=0)):
-            n, step = mu.shape[axis], max(1, round(side/spacing))
+            n = mu.shape[axis]
+            step = max(1, round(side/spacing))
             starts = np.arange(0, n, step)
             middles.append((starts + np.minimum(starts + step, n) - 1)/2)
             mu = np.add.reduceat(mu, starts, axis)
         index = np.stack(np.meshgrid(*middles, indexing="ij"))[:, mu > 0]
         centres = affine[:3, :3] @ index + affine[:3, 3:]
-        return cls(centres.astype(np.float32), (mu[mu > 0]*abs(np.linalg.det(affine[:3, :3]))).astype(np.float32), side)
+        weights = mu[mu > 0]*abs(np.linalg.det(affine[:3, :3]))
+        return cls(centres.astype(np.float32), weights.astype(np.float32), side)
 
 # %% ../../nbs/12_drr/00_attenuation.ipynb #1c1d7e0f
 @patch
-def balance(
+def balance_depth(
     self: Blocks,
     pose,              # (3,) degrees
     carm: CArm,        # geometry
     offset=(0, 0, 0),  # (3,) RAS mm by which the isocentre is moved
-) -> float:            # mm from the isocentre, front positive
-    "Depth, along the beam, at which the attenuation in the picture balances."
+) -> float:            # mm from the isocentre along the beam, front positive
+    "Find the depth at which the attenuation in the picture balances; refuse a picture without any (EMPTY_PICTURE)."
     x, y, z = rotation(pose).astype(np.float32) @ (self.centres - np.asarray(offset, np.float32)[:, None])
     h = np.float32(carm.sod) - y
     edge = np.float32(carm.fov/2/carm.sod)*h         # half the width that is shown at this depth
     inside = [np.clip((edge - np.abs(across))/np.float32(self.side) + np.float32(0.5), 0, 1) for across in (x, z)]
     seen = self.weights*inside[0]*inside[1]*np.sqrt(h*h + x*x + z*z)/(h*h*h)
     if not seen.any():
-        raise RadRotatorError("cannot balance the picture: there is no attenuation in it. Choose a pose or a field of "
-                              "view that shows the patient.", "EMPTY_PICTURE")
+        raise RadRotatorError("cannot balance the picture: it shows no attenuation. Choose a pose or a field of view "
+                              "that shows the patient.", "EMPTY_PICTURE")
     return float(seen @ y/seen.sum())
 
 # %% ../../nbs/12_drr/00_attenuation.ipynb #f253afac
 @patch
-def recentred(
+def centre_offset(
     self: Blocks,
     pose,              # (3,) degrees
     carm: CArm,        # geometry
     offset=(0, 0, 0),  # (3,) RAS mm by which the isocentre is moved beforehand
 ) -> np.ndarray:       # (3,) RAS mm: offset to the isocentre about which the picture balances
     "Move the isocentre along the beam until the picture balances about it, to 0.1 mm."
-    offset, beam = np.array(offset, float), rotation(pose)[1]  # R's second row is Rᵀ(0, 1, 0)
-    for _ in range(20):                                      # what the frame cuts off changes as the patient moves
-        depth = self.balance(pose, carm, offset)
+    offset = np.array(offset, float)
+    beam = rotation(pose)[1]  # R's second row is Rᵀ(0, 1, 0)
+    for _ in range(20):       # what the frame cuts off changes as the patient moves
+        depth = self.balance_depth(pose, carm, offset)
         offset += depth*beam
         if abs(depth) < 0.1: break
     return offset

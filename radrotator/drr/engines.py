@@ -16,20 +16,22 @@ from torch.nn import functional
 from ..core import RadRotatorError
 from ..geometry import CArm, rotation
 from .siddon import Siddon, _rays_about
-from .slabs import _levels
+from .slabs import _split_levels
 
 # %% ../../nbs/12_drr/03_engines.ipynb #24734172
 class DiffDRR:
-    "DiffDRR's Siddon: exact and slow."
+    "Integrate by DiffDRR's Siddon: exact and slow."
     def __init__(self, volume: np.ndarray, affine: np.ndarray, device="cpu"): # as for `Siddon`
         import torchio
         from diffdrr.data import read
-        subject = read(torchio.ScalarImage(tensor=torch.zeros(1, *volume.shape), affine=affine), orientation="AP", center_volume=False)
-        self.subject, self.volume, self.device = subject, torch.as_tensor(volume, device=device), device
+        grid = torchio.ScalarImage(tensor=torch.zeros(1, *volume.shape), affine=affine)
+        self.subject = read(grid, orientation="AP", center_volume=False)
+        self.volume = torch.as_tensor(volume, device=device)
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, poses, carm: CArm, offset=None) -> torch.Tensor: # as for `Siddon`, on the engine's device
-        "Its pose is that of the C-arm, so ours is turned around."
+        "Integrate along every ray. DiffDRR's pose is that of the C-arm, the inverse of ours."
         from diffdrr.drr import DRR
         from diffdrr.pose import RigidTransform
         drr = DRR(self.subject, sdd=carm.sdd, height=carm.size, delx=carm.pixel).to(self.device)
@@ -37,13 +39,14 @@ class DiffDRR:
         images = []
         for turn, source in zip(rotation(poses), _rays_about(poses, carm, offset)[0]):
             pose = torch.eye(4)
-            pose[:3, :3], pose[:3, 3] = torch.from_numpy(turn.T), torch.from_numpy(source)
+            pose[:3, :3] = torch.from_numpy(turn.T)
+            pose[:3, 3] = torch.from_numpy(source)
             images.append(drr(RigidTransform(pose[None].to(self.device)))[0, 0])
         return torch.stack(images)
 
 # %% ../../nbs/12_drr/03_engines.ipynb #878a7d33
 class NanoDRR:
-    "nanodrr's ray marching: samples in equal steps, trilinear between voxel centres; fused on CUDA."
+    "Integrate by nanodrr's ray marching: equal steps, trilinear between voxel centres; fused on CUDA."
     SAMPLES = 500  # along the part of a ray that lies inside the volume
     STEP = 2.0     # mm of depth between samples of a slab, at most
 
@@ -52,18 +55,18 @@ class NanoDRR:
         x, y, z = volume.shape
         grid = torch.diag(torch.tensor([2/x, 2/y, 2/z, 1.0]))
         grid[:3, 3] = torch.tensor([1/x - 1, 1/y - 1, 1/z - 1])
-        f32 = lambda a: torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32)
-        self.device = device
-        image = f32(volume.transpose(2, 1, 0))[None, None]
+        image, forth, back = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32)
+                              for a in (volume.transpose(2, 1, 0), affine, np.linalg.inv(affine)))
         no_labels = torch.zeros(1, 1, 1, 1, 1)
-        self.subject = Subject(image, no_labels, f32(affine), f32(np.linalg.inv(affine)), grid, torch.zeros(3),
-                               max_label=0, convert_to_mu=False).to(device)
+        self.subject = Subject(image[None, None], no_labels, forth, back, grid, torch.zeros(3), max_label=0,
+                               convert_to_mu=False).to(device)
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, poses, carm: CArm, offset=None) -> torch.Tensor: # as for `Siddon`, on the engine's device
-        "The rays are extended to twice their length, because a deep patient reaches behind the detector."
+        "Integrate along every ray, to twice its length, because a deep patient reaches behind the detector."
         from nanodrr.drr import render as march
-        s, way = self._ways(poses, carm, offset)
+        s, way = self._ways_to_pixels(poses, carm, offset)
         ends = (s[:, None, None] + 2*way).flatten(1, 2)
         still = torch.eye(4, device=self.device).expand(len(s), 4, 4)  # the rays are in patient space already
         size = carm.size
@@ -71,10 +74,11 @@ class NanoDRR:
 
 # %% ../../nbs/12_drr/03_engines.ipynb #b85889d4
 @patch
-def _ways(self: NanoDRR, poses, carm, offset):
-    "(N, 3) sources and (N, size, size, 3) the way from there to each pixel, patient mm."
-    s, c, d = (torch.as_tensor(a, dtype=torch.float32, device=self.device) for a in _rays_about(poses, carm, offset))
-    grid = torch.arange(carm.size, dtype=torch.float32, device=self.device)
+def _ways_to_pixels(self: NanoDRR, poses, carm, offset):
+    "Give (N, 3) sources and (N, size, size, 3) the way from there to each pixel, patient mm."
+    how = dict(dtype=torch.float32, device=self.device)
+    s, c, d = (torch.as_tensor(a, **how) for a in _rays_about(poses, carm, offset))
+    grid = torch.arange(carm.size, **how)
     return s, (c - s)[:, None, None] + grid[:, None, None]*d[:, None, None, 0] + grid[:, None]*d[:, None, None, 1]
 
 # %% ../../nbs/12_drr/03_engines.ipynb #9635f7d4
@@ -83,12 +87,12 @@ def slabs(
     self: DiffDRR,
     *args,    # as for `Siddon`
 ):
-    "Say that this engine cannot."
+    "Refuse: this engine cannot (NO_SLABS)."
     raise RadRotatorError("cannot render slabs with diffdrr: it only knows whole rays. Choose siddon, or nanodrr on a "
                           "GPU.", "NO_SLABS")
 
 # %% ../../nbs/12_drr/03_engines.ipynb #075e4d56
-def _with_ends(
+def _enclose_volume(
     planes,              # (K + 1,) mm, ascending
     poses,               # (N, 3) degrees
     affine: np.ndarray,  # (4, 4) voxel index → patient mm
@@ -97,29 +101,34 @@ def _with_ends(
 ) -> np.ndarray:         # (K + 1,) mm
     "Move the outer planes outwards until the whole volume lies between them, in every pose."
     corners = np.array(list(product(*((-1, n) for n in shape)))) @ affine[:3, :3].T + affine[:3, 3]
-    about = corners - (np.zeros((1, 3)) if offset is None else np.atleast_2d(offset))[:, None]
-    depth = (about @ np.swapaxes(rotation(np.atleast_2d(poses)), 1, 2))[..., 1]
+    centres = np.zeros((1, 3)) if offset is None else np.atleast_2d(offset)
+    turned = (corners - centres[:, None]) @ np.swapaxes(rotation(np.atleast_2d(poses)), 1, 2)
+    depth = turned[..., 1]
     planes = np.array(planes, float)
-    planes[0], planes[-1] = min(planes[0], depth.min()), max(planes[-1], depth.max())
+    planes[0] = min(planes[0], depth.min())
+    planes[-1] = max(planes[-1], depth.max())
     return planes
 
 # %% ../../nbs/12_drr/03_engines.ipynb #7394184c
 @patch
 @torch.no_grad()
 def slabs(self: NanoDRR, poses, carm: CArm, planes, offset=None) -> torch.Tensor: # as for `Siddon`, on its device
-    "Sample each slab's part of each ray; plain torch, on any device."
-    _levels(planes, carm)                                          # refuses planes that are none
-    image, place = self.subject.image, self.subject.world_to_grid
-    planes = _with_ends(planes, poses, self.subject.voxel_to_world.double().cpu().numpy(), image.shape[:1:-1], offset)
-    source, way = self._ways(poses, carm, offset)
-    long, slabs = way.norm(dim=-1)/carm.sdd, []                    # mm of ray for each mm of depth
-    source, way = (source @ place[:3, :3].T + place[:3, 3])[:, None, None, None], (way @ place[:3, :3].T)[:, None]
+    "Integrate from plane to plane by samples; plain torch, on any device."
+    _split_levels(planes, carm)                                    # refuses planes that do not ascend
+    image, to_grid = self.subject.image, self.subject.world_to_grid
+    affine = self.subject.voxel_to_world.double().cpu().numpy()
+    planes = _enclose_volume(planes, poses, affine, image.shape[:1:-1], offset)
+    source, way = self._ways_to_pixels(poses, carm, offset)
+    slant = way.norm(dim=-1)/carm.sdd                              # mm of ray for each mm of depth
+    source = (source @ to_grid[:3, :3].T + to_grid[:3, 3])[:, None, None, None]
+    way = (way @ to_grid[:3, :3].T)[:, None]
+    slabs = []
     for low, high in zip(planes[:-1], planes[1:]):
         n = math.ceil((high - low)/self.STEP)
         depths = low + (torch.arange(n, device=self.device) + 0.5)*((high - low)/n)
         points = source + way*((carm.sod - depths)/carm.sdd)[:, None, None, None]
         values = functional.grid_sample(image, points.flatten(0, 1)[None], align_corners=False)
-        slabs.append(values[0, 0].unflatten(0, (-1, n)).sum(1)*long*((high - low)/n))
+        slabs.append(values[0, 0].unflatten(0, (-1, n)).sum(1)*slant*((high - low)/n))
     return torch.stack(slabs, 1)
 
 # %% ../../nbs/12_drr/03_engines.ipynb #123e5dfd

@@ -18,14 +18,17 @@ from ..geometry import CArm, rays
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #bd38f8b9
 @numba.njit
-def walk(volume, s, d, end=np.inf):
-    "Sum of voxel value times Δα along the ray s + α·d, one crossing after the other; no component of d may be 0."
+def walk_ray(volume, s, d, end=np.inf):
+    "Sum voxel value times Δα along the ray s + α·d, crossing by crossing; no component of d may be 0."
     enter, leave = 0.0, end
     for axis in range(3):
-        a, b = (-0.5 - s[axis])/d[axis], (volume.shape[axis] - 0.5 - s[axis])/d[axis]
-        enter, leave = max(enter, min(a, b)), min(leave, max(a, b))
+        a = (-0.5 - s[axis])/d[axis]
+        b = (volume.shape[axis] - 0.5 - s[axis])/d[axis]
+        enter = max(enter, min(a, b))
+        leave = min(leave, max(a, b))
     alpha, total = enter, 0.0
-    step, index, crossing = np.sign(d), np.empty(3, np.int64), np.empty(3)
+    step = np.sign(d)
+    index, crossing = np.empty(3, np.int64), np.empty(3)
     for axis in range(3):
         index[axis] = min(max(math.floor(s[axis] + enter*d[axis] + 0.5), 0), volume.shape[axis] - 1)
         crossing[axis] = (index[axis] + 0.5*step[axis] - s[axis])/d[axis]
@@ -39,67 +42,70 @@ def walk(volume, s, d, end=np.inf):
     return total
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #7d51c9e2
-_CACHE = __name__ != "__main__"  # compiled code is kept for the module; between the cells of a notebook numba would miss a changed callee
+_CACHE = __name__ != "__main__"  # not in a notebook, where numba would not notice that a callee has changed
 _0, _1 = np.float32(0), np.float32(1)
 
 
-def _inputs(builder):
-    "What `_read` reads and `_write` does not write, as LLVM's metadata."
+def _input_scope(builder):
+    "Name, in LLVM's metadata, the memory that `_read` reads and `_write` does not write."
     module = builder.module
     return module.add_metadata([module.add_metadata(["inputs", module.add_metadata(["radrotator"])])])
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #ddb62fdb
 @intrinsic
 def _read(context, array, index):
-    "array[index] of a contiguous array, without a look at negative indices."
+    "Give array[index] of a contiguous array, with no check for negative indices."
     def build(context, builder, signature, args):
         place = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
         value = builder.load(place)
-        value.set_metadata("alias.scope", _inputs(builder))
+        value.set_metadata("alias.scope", _input_scope(builder))
         return value
     return array.dtype(array, numba.types.int32), build
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #0a1ba8a7
 @intrinsic
 def _write(context, array, index, value):
-    "array[index] = value, a promise included: `_read` never reads this array."
+    "Set array[index] = value, and promise that `_read` never reads this array."
     def build(context, builder, signature, args):
         place = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
-        builder.store(args[2], place).set_metadata("noalias", _inputs(builder))
+        builder.store(args[2], place).set_metadata("noalias", _input_scope(builder))
         return context.get_dummy_value()
     return numba.types.void(array, numba.types.uint64, array.dtype), build
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #011c24eb
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _flat(i, k, j, shape):
-    "Place of a voxel in memory, the beam's axis last; in 32 bits, of which numba would make 64."
+def _voxel_index(i, k, j, shape):
+    "Give the place of a voxel in memory, the beam's axis last; the casts keep numba from widening it to 64 bits."
     column = np.int32(np.int32(i*np.int32(shape[1])) + k)
     return np.int32(np.int32(column*np.int32(shape[2])) + j)
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #fba25e25
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z):
-    "Values of the three voxels that a ray visits in layer j, part t in all; where it leaves the first and the second."
+def _cross_layer(volume, shape, j, t, x, dx, z, dz, over_x, over_z):
+    "Give the values of the three voxels on a ray in layer j, part t, and where it leaves the first and the second."
     last_i, last_k = np.float32(shape[0] - 1), np.float32(shape[1] - 1)
-    x0, x1, z0, z1 = x + t*dx, x + (t + _1)*dx, z + t*dz, z + (t + _1)*dz
+    x0, x1 = x + t*dx, x + (t + _1)*dx
+    z0, z1 = z + t*dz, z + (t + _1)*dz
     i0, i1 = np.int32(min(max(x0, _0), last_i)), np.int32(min(max(x1, _0), last_i))
     k0, k1 = np.int32(min(max(z0, _0), last_k)), np.int32(min(max(z1, _0), last_k))
     fx = (np.float32(max(i0, i1)) - x0)*over_x if i0 != i1 else _1
     fz = (np.float32(max(k0, k1)) - z0)*over_z if k0 != k1 else _1
     i, k = i1 if fx < fz else i0, k0 if fx < fz else k1
-    first, second, third = _flat(i0, k0, j, shape), _flat(i, k, j, shape), _flat(i1, k1, j, shape)
-    return _read(volume, first), _read(volume, second), _read(volume, third), min(fx, fz), max(fx, fz)
+    a = _read(volume, _voxel_index(i0, k0, j, shape))
+    b = _read(volume, _voxel_index(i, k, j, shape))
+    c = _read(volume, _voxel_index(i1, k1, j, shape))
+    return a, b, c, min(fx, fz), max(fx, fz)
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #29d115b5
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _sum_layers(volume, shape, parts, x, dx, z, dz):
-    "Sum the mean voxel value of each part of a layer, on a ray that enters the first at (x, z) and moves by (dx, dz)."
+    "Sum the mean voxel values of all parts of all layers on a ray that enters at (x, z) and moves by (dx, dz) a part."
     total = _0
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     for part in range(parts):
         for j in range(np.int32(shape[2])):
             t = np.float32(j)*np.float32(parts) + np.float32(part)
-            a, b, c, near, far = _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
+            a, b, c, near, far = _cross_layer(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
             total += a*near + b*(far - near) + c*(_1 - far)
     return total
 
@@ -108,13 +114,15 @@ TILE = 32  # pixels along each side of the squares that are shared out over the 
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #d0ae54fa
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _enter(source, corner, step, row, column, parts):
-    "A pixel's ray: how far it goes along the beam's axis, where it enters the first layer, its move from part to part."
+def _enter_volume(source, corner, step, row, column, parts):
+    "Give a pixel's ray: its length along the beam's axis, where it enters the first layer, its move from part to part."
     dx = corner[0] + row*step[0, 0] + column*step[1, 0] - source[0]
     dz = corner[1] + row*step[0, 1] + column*step[1, 1] - source[1]
     d = corner[2] + row*step[0, 2] + column*step[1, 2] - source[2]
-    dx, dz, before = dx/d, dz/d, -0.5 - source[2]
-    x, z = np.float32(source[0] + before*dx + 0.5), np.float32(source[1] + before*dz + 0.5)
+    dx, dz = dx/d, dz/d
+    before = -0.5 - source[2]
+    x = np.float32(source[0] + before*dx + 0.5)
+    z = np.float32(source[1] + before*dz + 0.5)
     return d, x, np.float32(dx/parts), z, np.float32(dz/parts)
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #6dee97f6
@@ -128,18 +136,18 @@ def _project(volume, shape, parts, sources, corners, steps, lengths, out):
         source, corner, step = sources[p], corners[p], steps[p]
         for row in range(top, min(top + TILE, size)):
             for column in range(left, min(left + TILE, size)):
-                d, x, dx, z, dz = _enter(source, corner, step, row, column, parts)
+                d, x, dx, z, dz = _enter_volume(source, corner, step, row, column, parts)
                 total = _sum_layers(volume, shape, parts, x, dx, z, dz)
                 out[p, row, column] = total*lengths[row, column]/(abs(d)*parts)
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #633ee59e
 def _layer_parts(sources, corners, steps, layers, size):
-    "How many parts a layer needs so that no ray crosses two planes of one axis in it."
+    "Count the parts that a layer needs so that no ray crosses two planes of one axis in it; refuse what has no layers."
     ends = (size - 1)*np.array(list(product((0, 1), repeat=2)))  # a ratio of linear functions is extreme at the corners
     d = (corners - sources)[:, None] + ends @ steps
     if not ((d[..., 2] > 0).all() or (d[..., 2] < 0).all()):
-        raise RadRotatorError("cannot render: the volume lies so obliquely that not every ray passes its layers. Resample the "
-                              "CT to straight axes first.", "TOO_OBLIQUE")
+        raise RadRotatorError("cannot render: the volume lies so obliquely that some rays do not pass its layers. "
+                              "Resample the CT to straight axes first.", "TOO_OBLIQUE")
     if (np.abs(sources[:, 2] - (layers - 1)/2) < layers/2).any():
         raise RadRotatorError("cannot render: the X-ray source would stand inside the volume. Choose a larger "
                               "source–isocentre distance (sod).", "SOURCE_INSIDE")
@@ -151,7 +159,7 @@ def _rays_about(
     carm: CArm,    # geometry
     offset=None,   # (N, 3) or (3,) RAS mm by which the isocentre is moved; None: not at all
 ):                 # as from `rays`, in mm about the isocentre as it was
-    "The rays of patients who turn about another point: moving the isocentre moves the C-arm."
+    "Give the rays of patients who turn about another point: moving the isocentre moves the C-arm."
     sources, corners, steps = rays(poses, carm)
     shift = np.zeros(3) if offset is None else np.asarray(offset, float)
     return sources + shift, corners + shift, steps
@@ -165,11 +173,14 @@ class Siddon:
         device="cpu",         # this engine knows no other
     ):
         if str(device) != "cpu":
-            raise RadRotatorError(f"the engine siddon computes on the CPU, not on {device}; choose nanodrr there", "DEVICE")
+            raise RadRotatorError(f"cannot render with siddon on {device}: it computes on the CPU only. Choose nanodrr "
+                                  "there.", "DEVICE")
         filled = [np.flatnonzero(volume.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         box = [slice(f[0], f[-1] + 1) if len(f) else slice(0, 1) for f in filled]
-        self.volume, self.affine, self.layouts = volume[tuple(box)], affine.copy(), {}
+        self.volume = volume[tuple(box)]
+        self.affine = affine.copy()
         self.affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
+        self.layouts = {}  # axis of the beam → padded volume with this axis last
         self.axes = affine[:3, :3]/np.linalg.norm(affine[:3, :3], axis=0)
 
     def __call__(self,
@@ -186,19 +197,36 @@ def _integrate(
     self: Siddon,
     geometry,         # (N, 3) sources, (N, 3) corners, (N, 2, 3) steps, patient mm
     size: int,        # pixels along each side
-    *how,             # kernel, arguments of its own, and what it gives beside pixels, as for `along`
+    *how,             # kernel, arguments of its own, and what it gives beside pixels, as for `_sum_across`
 ) -> np.ndarray:      # (N, size, size) float32 line integrals, or (N, K, size, size)
     "Integrate along every ray."
-    normal = np.cross(geometry[2][:, 0], geometry[2][:, 1])
-    beams = np.abs(normal @ self.axes).argmax(1)                 # the axis along which each pose's rays advance fastest
-    if len(set(beams)) == 1: return self.along(int(beams[0]), *geometry, size, *how)
+    sources, corners, steps = geometry
+    normals = np.cross(steps[:, 0], steps[:, 1])
+    beams = np.abs(normals @ self.axes).argmax(1)                # the axis along which each pose's rays advance fastest
+    if len(set(beams)) == 1: return self._sum_across(int(beams[0]), *geometry, size, *how)
+    done = []
+    for beam in np.unique(beams):
+        these = beams == beam
+        done.append(self._sum_across(int(beam), sources[these], corners[these], steps[these], size, *how))
     order = np.argsort(beams, kind="stable")
-    done = [self.along(int(beam), *(a[beams == beam] for a in geometry), size, *how) for beam in np.unique(beams)]
     return np.concatenate(done)[np.argsort(order)]
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #c2e6eccc
 @patch
-def along(
+def _to_voxels(
+    self: Siddon,
+    order: list,              # the three axes in the order of the padded layout
+    sources, corners, steps,  # from `rays`
+):                            # the same in voxels of the padded layout, contiguous
+    "Express rays in voxels."
+    inverse = np.linalg.inv(self.affine[:3, :3])[order]
+    first = inverse @ self.affine[:3, 3] - [1, 1, 0]             # the padded volume begins one voxel earlier
+    shifts = (sources, first), (corners, first), (steps, 0)
+    return [np.ascontiguousarray(points @ inverse.T - shift) for points, shift in shifts]
+
+# %% ../../nbs/12_drr/01_siddon.ipynb #c3ec26eb
+@patch
+def _sum_across(
     self: Siddon,
     beam: int,                # the axis that comes last
     sources, corners, steps,  # from `rays`
@@ -212,24 +240,35 @@ def along(
     if beam not in self.layouts:
         padded = np.pad(self.volume.transpose(order), ((1, 1), (1, 1), (0, 0)))
         self.layouts[beam] = padded.astype(np.float32, copy=False)
-    padded, inverse = self.layouts[beam], np.linalg.inv(self.affine[:3, :3])[order]
-    first = inverse @ self.affine[:3, 3] - [1, 1, 0]             # the padded volume begins one voxel earlier
-    shifted = (sources, first), (corners, first), (steps, 0)
-    s, c, d = (np.ascontiguousarray(points @ inverse.T - shift) for points, shift in shifted)
-    lengths = _lengths(sources[0], corners[0], steps[0], size)
+    padded = self.layouts[beam]
+    s, c, d = self._to_voxels(order, sources, corners, steps)
+    lengths = _ray_lengths(sources[0], corners[0], steps[0], size)
     parts = _layer_parts(s, c, d, padded.shape[2], size)
     out = np.empty((len(s), *slabs, size, size), np.float32)
     threads = torch.get_num_threads()
     project(padded.ravel(), padded.shape, parts, s, c, d, lengths, *more, out)
-    torch.set_num_threads(threads)                               # numba has set its own number for all of OpenMP
+    torch.set_num_threads(threads)                               # numba has set its own for all of OpenMP
     return out
 
 # %% ../../nbs/12_drr/01_siddon.ipynb #c0c479eb
-def _lengths(
+def _ray_lengths(
     source, corner, step,  # (3,), (3,) and (2, 3) of one pose: lengths are the same in all
     size: int,             # pixels along each side
 ) -> np.ndarray:           # (size, size) float32 mm
-    "Distance from the source to each pixel."
+    "Measure the distance from the source to each pixel."
     grid = np.arange(size)
     ways = corner - source + grid[:, None, None]*step[0] + grid[:, None]*step[1]
     return np.linalg.norm(ways, axis=-1).astype(np.float32)
+
+# %% ../../nbs/12_drr/01_siddon.ipynb #6ca84a62
+def _walk_rays(volume, affine, poses, carm, end=np.inf):
+    "Integrate every ray up to the part `end` of its way by `walk_ray`: (N, size, size) line integrals, slowly."
+    inverse = np.linalg.inv(affine)
+    rows, columns = np.mgrid[:carm.size, :carm.size][..., None]
+    images = []
+    for source, corner, step in zip(*rays(poses, carm)):
+        ways = corner + rows*step[0] + columns*step[1] - source
+        start = inverse[:3, :3] @ source + inverse[:3, 3]
+        sums = [walk_ray(volume, start, inverse[:3, :3] @ way, end) for way in ways.reshape(-1, 3)]
+        images.append(np.reshape(sums, ways.shape[:2])*np.linalg.norm(ways, axis=-1))
+    return np.stack(images)

@@ -12,46 +12,49 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from ..core import RadRotatorError
-from .siddon import _0, _1, TILE, Siddon, _crossed, _enter, _read, _rays_about, _write
+from .siddon import _0, _1, TILE, Siddon, _cross_layer, _enter_volume, _rays_about, _read, _write
 from ..geometry import CArm
 
-_CACHE = __name__ != "__main__"  # as in siddon
+# %% ../../nbs/12_drr/02_slabs.ipynb #fae2384c
+_CACHE = __name__ != "__main__"  # not in a notebook, where numba would not notice that a callee has changed
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #85d53b14
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _keep_layers(volume, shape, parts, x, dx, z, dz, width, kept):
-    "What the kernel of whole rays adds up, kept apart: part after part, each of `width` numbers."
+    "Keep apart what the kernel of whole rays adds up: part after part, each of `width` numbers."
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     for part in range(parts):
         first = part*width
         for j in range(np.int32(shape[2])):
             t = np.float32(j)*np.float32(parts) + np.float32(part)
-            a, b, c, near, far = _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
+            a, b, c, near, far = _cross_layer(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
             _write(kept, np.uint64(first + j), a*near + b*(far - near) + c*(_1 - far))
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #22b1dd88
 @intrinsic
 def _scan(context, kept, at, total, before):
-    "before[at:at+16]: `total` and what comes before each of kept[at:at+16]; returns `total` and all of them."
+    "Set before[at:at+16] to `total` and the sum before each of kept[at:at+16]; return `total` and all of them."
     def build(context, builder, signature, args):
-        number, lanes = ir.IntType(32), ir.VectorType(ir.FloatType(), 16)
+        number = ir.IntType(32)
+        lanes = ir.VectorType(ir.FloatType(), 16)
         def place(n):
             data = context.make_array(signature.args[n])(context, builder, args[n]).data
             return builder.bitcast(builder.gep(data, [args[1]]), lanes.as_pointer())
-        def moved(vector, by):  # what moves in is zero
+        def shift(vector, by):  # what moves in is zero
             order = ir.Constant(ir.VectorType(number, 16), [16 + lane - by for lane in range(16)])
             return builder.shuffle_vector(ir.Constant(lanes, None), vector, order)
-        sums, everywhere = builder.load(place(0), align=4), ir.Constant(lanes, ir.Undefined)
-        for by in (1, 2, 4, 8): sums = builder.fadd(sums, moved(sums, by))
+        sums = builder.load(place(0), align=4)
+        everywhere = ir.Constant(lanes, ir.Undefined)
+        for by in (1, 2, 4, 8): sums = builder.fadd(sums, shift(sums, by))
         for lane in range(16): everywhere = builder.insert_element(everywhere, args[2], number(lane))
-        builder.store(builder.fadd(everywhere, moved(sums, 1)), place(3), align=4)
+        builder.store(builder.fadd(everywhere, shift(sums, 1)), place(3), align=4)
         return builder.fadd(args[2], builder.extract_element(sums, number(15)))
     return total(kept, numba.types.int32, total, before), build
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #7d3e7c45
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _run_up(kept, parts, width, before):
-    "Sum up what comes before each part of each layer; return all."
+def _run_sums(kept, parts, width, before):
+    "Set the sum before each part of each layer; return the sum of all."
     total = _0
     if parts > 1:
         for j in range(width):
@@ -65,7 +68,7 @@ def _run_up(kept, parts, width, before):
 # %% ../../nbs/12_drr/02_slabs.ipynb #f428d317
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
 def _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, way, levels, first, sums):
-    "sums[first + k]: what lies on this side of the point at levels[k] of the way; `begin` and `way` in layers."
+    "Set sums[first + k] to the sum up to levels[k] of the way; `begin` and `way` in layers."
     over_x, over_z = _1/dx if dx != _0 else _0, _1/dz if dz != _0 else _0
     layers, width = np.int32(shape[2]), np.int32(width)
     for k in range(len(levels)):
@@ -75,15 +78,15 @@ def _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, way
         part = min(np.int32(into), np.int32(parts - 1))
         into -= np.float32(part)
         t = np.float32(j)*np.float32(parts) + np.float32(part)
-        a, b, c, near, far = _crossed(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
+        a, b, c, near, far = _cross_layer(volume, shape, j, t, x, dx, z, dz, over_x, over_z)
         near, far = min(near, into), min(far, into)
         sum_before = _read(before, np.int32(np.int32(part*width) + j))
         _write(sums, np.uint64(first + k), sum_before + a*near + b*(far - near) + c*(into - far))
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #03a95a27
 @numba.njit(fastmath=True, error_model="numpy", cache=_CACHE)
-def _between(sums, stride, scale, out):
-    "Differences of neighbouring sums of each pixel in a row, turned over: (pixels, planes) → (slabs, pixels)."
+def _subtract_sums(sums, stride, scale, out):
+    "Subtract neighbouring sums of each pixel in a row, and transpose: (pixels, planes) → (slabs, pixels)."
     for k in range(out.shape[0]):
         for column in range(out.shape[1]):
             at = np.uint64(column*stride + k)
@@ -93,39 +96,43 @@ def _between(sums, stride, scale, out):
 # %% ../../nbs/12_drr/02_slabs.ipynb #6f25ff3e
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=_CACHE)
 def _project_slabs(volume, shape, parts, sources, corners, steps, lengths, levels, out):
-    "As `_project`, each ray split at the levels; those beyond the number of slabs are there to fill vectors."
+    "Integrate as `_project`, each ray split at the levels; those beyond the number of slabs only fill vectors."
     n, slabs, size = out.shape[0], out.shape[1], out.shape[2]
-    tiles, width, stride = (size + TILE - 1)//TILE, (shape[2] + 15)//16*16, len(levels) + 2
+    tiles = (size + TILE - 1)//TILE
+    width = (shape[2] + 15)//16*16
+    stride = len(levels) + 2
     for job in numba.prange(n*tiles*tiles):
         p, top, left = job//(tiles*tiles), job//tiles % tiles*TILE, job % tiles*TILE
-        source, corner, step, right = sources[p], corners[p], steps[p], min(left + TILE, size)
+        source, corner, step = sources[p], corners[p], steps[p]
+        right = min(left + TILE, size)
         kept, before = np.zeros(parts*width, np.float32), np.empty(parts*width, np.float32)
         sums, scale = np.empty(TILE*stride, np.float32), np.empty(TILE, np.float32)
         for row in range(top, min(top + TILE, size)):
             for column in range(left, right):
-                d, x, dx, z, dz = _enter(source, corner, step, row, column, parts)
+                d, x, dx, z, dz = _enter_volume(source, corner, step, row, column, parts)
                 _keep_layers(volume, shape, parts, x, dx, z, dz, width, kept)
-                total = _run_up(kept, parts, width, before)
-                begin, way, first = np.float32(source[2] + 0.5), np.float32(d), (column - left)*stride
+                total = _run_sums(kept, parts, width, before)
+                begin, way = np.float32(source[2] + 0.5), np.float32(d)
+                first = (column - left)*stride
                 _sum_to_planes(volume, shape, parts, x, dx, z, dz, width, before, begin, way, levels, first + 1, sums)
                 # the farthest plane comes first, where the last layer may be, or the first
                 sums[first], sums[first + slabs] = (total, _0) if d > 0 else (_0, total)
                 scale[column - left] = -lengths[row, column]/(d*parts)
-            _between(sums, stride, scale, out[p, :, row, left:right])
+            _subtract_sums(sums, stride, scale, out[p, :, row, left:right])
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #43e84bc3
-def _padded(
+def _pad_levels(
     levels: np.ndarray,  # (K − 1,)
 ) -> np.ndarray:         # (multiple of 8,) float32
-    "Fill up what vector units take at a time."
+    "Fill the levels up to what vector units take at a time."
     return np.append(levels, np.ones(-len(levels) % 8)).astype(np.float32)
 
 # %% ../../nbs/12_drr/02_slabs.ipynb #861f2b9f
-def _levels(
+def _split_levels(
     planes,         # (K + 1,) mm, ascending
     carm: CArm,     # geometry
 ) -> np.ndarray:    # (K − 1,) parts of the way from source to detector
-    "Where the inner planes cut every ray."
+    "Find where the inner planes cut every ray; refuse planes that do not ascend (PLANES)."
     planes = np.asarray(planes, float)
     if planes.ndim != 1 or len(planes) < 2 or not np.isfinite(planes).all() or (np.diff(planes) <= 0).any():
         raise RadRotatorError("cannot split a DRR into slabs: the planes are not two or more ascending numbers. Give "
@@ -142,6 +149,6 @@ def slabs(
     offset=None,     # (N, 3) or (3,) RAS mm by which the isocentre is moved
 ) -> np.ndarray:     # (N, K, size, size) float32 line integrals
     "Integrate along every ray, from plane to plane; the outer slabs have no end."
-    levels = _levels(planes, carm)
-    kernel = _project_slabs, (_padded(levels),), (len(levels) + 1,)
-    return self._integrate(_rays_about(poses, carm, offset), carm.size, *kernel)
+    levels = _split_levels(planes, carm)
+    geometry = _rays_about(poses, carm, offset)
+    return self._integrate(geometry, carm.size, _project_slabs, (_pad_levels(levels),), (len(levels) + 1,))

@@ -56,7 +56,7 @@ def depth_errors(
     pose = np.zeros((1, 3))
     planes, depths = slab_planes(carm, K), slab_depths(carm, K)
     whole, dense = Renderer(ct), Renderer(dense_part(ct))
-    offset = whole.recentred(pose, carm)
+    offset = whole.centre_offsets(pose, carm)
     tissue, detail = (renderer.slabs(pose, carm, planes, 2, offset)[0] for renderer in (whole, dense))
     picture = tissue.sum(0)
     lifted, _ = model.lift(Radiograph((picture*SCALE/picture.max()).numpy(), linear=True))

@@ -14,7 +14,7 @@ import numpy as np
 from ..core import RadRotatorError, RadRotatorWarning
 from ..ct.volume import CT
 from ..drr.centre import recentre
-from ..drr.frame import fit_fov, truncated
+from ..drr.frame import find_truncation, fit_fov
 from .baselines import depth_baselines
 from .consistency import cycle_errors, spread_over_seeds, sweep_figures
 from .depth import depth_errors
@@ -53,7 +53,7 @@ def protocol_views(
     vectors = np.concatenate([pure, vectors, vectors])
     ends = np.where(after[:, None], compose_poses(starts, vectors), starts + vectors)
     coarse = replace(carm, size=24)
-    fits = ~(truncated(ct, starts, coarse) | truncated(ct, ends, coarse)).any((1, 2))
+    fits = ~(find_truncation(ct, starts, coarse) | find_truncation(ct, ends, coarse)).any((1, 2))
     return true_views(ct, vectors[fits], name, carm, starts[fits], after[fits])
 
 # %% ../../nbs/41_evaluate/10_judge.ipynb #e94a2378

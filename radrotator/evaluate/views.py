@@ -120,7 +120,7 @@ def true_views(
     which = which.ravel()
     exposed = Renderer(ct, physics=physics)
     noiseless = Renderer(ct, physics=replace(physics, kerma=None)) if physics else exposed
-    offsets = noiseless.recentred(own, carm)
+    offsets = noiseless.centre_offsets(own, carm)
     inputs = exposed(own, carm, 2, offsets).numpy()
     scale = SCALE/inputs.max((1, 2), keepdims=True)
     truths = noiseless(poses, carm, 2, offsets[which]).numpy()*scale[which]

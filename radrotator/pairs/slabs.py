@@ -66,7 +66,7 @@ class SlabSource:
         pose = random.uniform(-15, 15, 3)*random.random()*(random.random() < 0.8)
         carm = replace(self.carm, fov=random.uniform(min(self.plan.slab_fov[0], self.carm.fov), self.carm.fov))
         shift = rotation(pose).T @ (random.uniform(-self.plan.shift, self.plan.shift, 3)*[1, 0, 1])
-        return SlabView(pose, carm, self.whole.recentred(pose, carm, shift)[0])
+        return SlabView(pose, carm, self.whole.centre_offsets(pose, carm, shift)[0])
 
 # %% ../../nbs/13_pairs/04_slabs.ipynb #a67ef3de
 @patch
