@@ -27,7 +27,7 @@ def panels(model, soft):
     from radrotator.drr.render import Renderer
     from radrotator.evaluate.views import SCALE
     from radrotator.geometry import CArm
-    from radrotator.phantom import phantom
+    from radrotator.phantom.phantom import phantom
     from radrotator.radiograph.write import Radiograph
     ct = phantom(UNSEEN, spacing=2.0, soft=soft)
     each, which = np.unique(poses(), axis=0, return_inverse=True)

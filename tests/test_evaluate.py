@@ -10,7 +10,7 @@ import torch
 from radrotator.cli import main
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.read import read_ct
-from radrotator.phantom import phantom
+from radrotator.phantom.phantom import phantom
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.model.weights import save_weights
 

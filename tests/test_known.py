@@ -10,7 +10,8 @@ from radrotator.ct.read import read_ct
 from radrotator.drr.render import render
 from radrotator.geometry import CArm
 from radrotator.batch import unit_range
-from radrotator.phantom import BoneAtlas, phantom
+from radrotator.phantom.atlas import BoneAtlas
+from radrotator.phantom.phantom import phantom
 from radrotator.radiograph.image import Radiograph, to_unit
 from radrotator.radiograph.read import read_radiograph
 from radrotator.rotate import RadRotator, small, strangeness

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from radrotator.core import RadRotatorError, shared_data
-from radrotator.phantom import (BONES, FEMORA, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom,
-                                population, skeleton)
+from radrotator.phantom.atlas import BoneAtlas
+from radrotator.phantom.grid import BONES, FEMORA, LABELS
+from radrotator.phantom.phantom import member, phantom, population
+from radrotator.phantom.shapes import PATIENTS, patient_folds
+from radrotator.phantom.skeleton import skeleton
+from radrotator.phantom.surfaces import load_surfaces
 
 FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
 

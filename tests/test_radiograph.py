@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from helpers import PATIENT, make_dicom, save_dicom
 from radrotator.core import RadRotatorWarning, error_code, shared_data
 from radrotator.ct.read import read_ct
-from radrotator.phantom import member
+from radrotator.phantom.phantom import member
 from radrotator.radiograph.image import Radiograph
 from radrotator.radiograph.read import read_radiograph
 from radrotator.radiograph.write import PATIENT_DATA, patient_data

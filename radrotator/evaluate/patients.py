@@ -20,7 +20,8 @@ from ..ct.read import read_ct
 from ..ct.volume import CT
 from ..pairs.folds import TEST, read_folds
 from ..pairs.sources import cts_in
-from ..phantom import BoneAtlas, phantom
+from ..phantom.atlas import BoneAtlas
+from ..phantom.phantom import phantom
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #dfc20c5e
 @dataclass(frozen=True)

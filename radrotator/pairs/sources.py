@@ -19,7 +19,8 @@ from ..ct.nifti import stem_of
 from ..ct.volume import CT
 from .folds import TRAIN, VALIDATE, read_folds, write_folds
 from .plan import Job, SetPlan
-from ..phantom import BoneAtlas, member, phantom
+from ..phantom.atlas import BoneAtlas
+from ..phantom.phantom import member, phantom
 
 # %% ../../nbs/13_pairs/03_sources.ipynb #bc8914d0
 def patient_of(
