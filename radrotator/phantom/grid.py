@@ -12,8 +12,10 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../../nbs/11_phantom/00_grid.ipynb #ea60f960
-LABELS = dict(background=0, skin=1, fat=2, muscle=3, hip_left=4, hip_right=5, sacrum=6, vertebrae=7, femur_left=8, femur_right=9,
-              gas=10, bowel=11, bladder=12, implant=13, liner=14, cement=15, vessel=16)
+LABELS = dict(background=0, skin=1, fat=2, muscle=3, hip_left=4, hip_right=5, sacrum=6, vertebrae=7,
+              femur_left=8, femur_right=9, gas=10, bowel=11, bladder=12, implant=13, liner=14, cement=15, vessel=16)
+BONES = "hip_left", "hip_right", "sacrum"
+FEMORA = "femur_left", "femur_right"
 
 # %% ../../nbs/11_phantom/00_grid.ipynb #c1082d6a
 @dataclass(frozen=True)
@@ -24,13 +26,18 @@ class Grid:
     middle: tuple = (0.0, 0.0, 0.0)        # mm, patient space
 
     @property
-    def shape(self): return tuple(int(round(e/self.spacing)) for e in self.extent)
+    def shape(self):
+        "Voxels along R, A, S."
+        return tuple(int(round(e/self.spacing)) for e in self.extent)
 
     @property
-    def origin(self): return np.array(self.middle) - self.spacing*(np.array(self.shape) - 1)/2
+    def origin(self):
+        "Centre of the first voxel, (3,) mm."
+        return np.array(self.middle) - self.spacing*(np.array(self.shape) - 1)/2
 
     @property
     def affine(self):
+        "(4, 4) from voxel indices to mm."
         a = np.diag([self.spacing]*3 + [1.0])
         a[:3, 3] = self.origin
         return a
@@ -39,12 +46,13 @@ class Grid:
 @patch
 def axes(
     self: Grid,
-    box=None,  # three slices; the whole grid when None
+    box=None,  # three slices; None: the whole grid
 ) -> list:     # x, y, z in mm, float32, shaped to broadcast over (X, Y, Z)
-    "Coordinates of the voxel centres."
+    "Give the coordinates of the voxel centres."
     box = box or tuple(slice(0, n) for n in self.shape)
     lines = [self.origin[i] + self.spacing*np.arange(self.shape[i])[box[i]] for i in range(3)]
-    return [line.astype(np.float32).reshape([-1 if j == i else 1 for j in range(3)]) for i, line in enumerate(lines)]
+    shapes = np.where(np.eye(3, dtype=bool), -1, 1)
+    return [line.astype(np.float32).reshape(shape) for line, shape in zip(lines, shapes)]
 
 # %% ../../nbs/11_phantom/00_grid.ipynb #ef95d995
 @patch
@@ -53,10 +61,9 @@ def box(
     low, high,   # (3,) mm
     margin=0.0,  # mm
 ) -> tuple:      # three slices
-    "The part of the grid that covers low … high."
-    first = np.floor((np.asarray(low) - margin - self.origin)/self.spacing).astype(int).clip(0, self.shape)
-    last = np.ceil((np.asarray(high) + margin - self.origin)/self.spacing).astype(int).clip(-1, np.array(self.shape) - 1)
+    "Find the part of the grid that covers low … high."
+    first = np.floor((np.asarray(low) - margin - self.origin)/self.spacing).astype(int)
+    last = np.ceil((np.asarray(high) + margin - self.origin)/self.spacing).astype(int)
+    first = first.clip(0, self.shape)
+    last = last.clip(-1, np.array(self.shape) - 1)
     return tuple(slice(a, max(a, b + 1)) for a, b in zip(first, last))
-
-# %% ../../nbs/11_phantom/00_grid.ipynb #5603173d
-BONES, FEMORA = ("hip_left", "hip_right", "sacrum"), ("femur_left", "femur_right")
