@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--to", type=Path, default=ROOT/"nbs"/"images"/"sweep.webp")
     args = parser.parse_args()
     from radrotator.core import atomic_file
-    from radrotator.rotate import RadRotator
+    from radrotator.rotate.rotator import RadRotator
     model = RadRotator.from_file(args.weights, "cpu") if args.weights else RadRotator.from_pretrained(device="cpu")
     rows = zip(panels(model, soft=True), panels(model, soft=False))
     angle = lambda i, x, z: f"{'z' if i < FRAMES else 'x'} = {round(x + z):+d}°".replace("+0", "0").replace("-", "−")

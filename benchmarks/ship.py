@@ -22,8 +22,11 @@ from radrotator.pairs.folds import TRAIN, VALIDATE
 from radrotator.pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.radiograph.image import Radiograph
-from radrotator.rotate import RadRotator, fit_known, training_pictures
-from radrotator.train.trainer import with_settings
+from radrotator.rotate.novelty import fit_novelty_model
+from radrotator.rotate.rotator import RadRotator
+from radrotator.train.novelty import draw_training_pictures
+from radrotator.train.config import with_settings
+from radrotator.train.transforms import TransformConfig
 
 SHIPPED = "patients", "headline", "styles", "depth"  # figures that the weights file carries
 
@@ -32,16 +35,17 @@ def draw_pictures(model, plan, folds, steps):
     "Draw pictures as training does; of a lifting network's slabs one is enough, because their sum is seen"
     feed, refresh = (OnTheFlySlabs, plan.echo) if model.lifts else (OnTheFlyPairs, 1)
     data = feed(phantom_jobs(plan), plan, folds=folds, held=1, refresh=refresh)
-    pictures = training_pictures(data, LiftingConfig() if model.lifts else model.transforms, steps)
+    recipe = LiftingConfig() if model.lifts else TransformConfig(**model.about.get("training", {}).get("transforms", {}))
+    pictures = draw_training_pictures(data, recipe, steps)
     data.close()
     return pictures
 
 
 def known_of(model, bones, of="frontal pelvis", patients=(240, 100)):
     "Learn what the training's pictures look like from patients of its folds, and the limits from those of fold 6"
-    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=int(model.lifts), canvas=64)
+    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=2*model.lifts, canvas=64*model.lifts)
     drawn = [draw_pictures(model, plan, folds, steps) for folds, steps in zip((TRAIN, VALIDATE), patients)]
-    return fit_known(*drawn, of)
+    return fit_novelty_model(*drawn, of)
 
 
 def seconds_per_view(model, views=15):

@@ -307,7 +307,7 @@ def load_model(
 ):                         # (`RadRotator`, what to call its weights)
     "The model that is meant."
     with working("loading the weights"):
-        from radrotator.rotate import RadRotator
+        from radrotator.rotate.rotator import RadRotator
         model = RadRotator.from_pretrained(device=device) if weights is None else RadRotator.from_file(weights, device)
         return model, f"{weights.name if weights else 'tiny'} {model.fingerprint()[:12]}"
 
@@ -412,7 +412,7 @@ def pairs_command(
     from radrotator.ct.volume import REASONS
     from radrotator.pairs.jobs import ct_sets
     from radrotator.pairs.plan import SetPlan
-    from radrotator.rotate import pick_device
+    from radrotator.rotate.rotator import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
     plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre, slabs=slabs, canvas=slabs and size + size//4*2)
@@ -516,7 +516,7 @@ def rotate_command(
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
         kept = patient_data(radiograph, *keep) if keep else None
     (model, name), asked = load_model(weights, device), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
-    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.settled(**asked)
+    strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), model.sampling_options(**asked)
     with working("turning", sampling["steps"]) as far: view = model.rotate(given, x, y, z, crop=crop, watch=lambda done, _: far(done), **asked)
     seconds, text = time.perf_counter() - began, f"x = {x:g}°, y = {y:g}°, z = {z:g}°"
     view.write(out, mark=mark, keep=kept)
@@ -550,11 +550,11 @@ def sweep_command(
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
-    try: written = model.write_sweep(given, out, axis=axis.value, frames=frames, span=span, fps=fps, label=label, resume=resume, watch=functools.partial(bar, what="frames"), crop=crop, bounce=bounce, **sampling)
+    try: written = model.write_sweep(given, out, axis=axis.value, frames=frames, span=span, fps=fps, label=label, resume=resume, progress=functools.partial(bar, what="frames"), crop=crop, bounce=bounce, **sampling)
     except KeyboardInterrupt: raise Stopped("stopped; the same command with --resume goes on with the frames that are finished") from None
     seconds = time.perf_counter() - began
     return Result(f"wrote {written}: {frames} frames about {axis.value} from {-span:g}° to {span:g}°, in {seconds:.0f} s",
-                  dict(input=radiograph, out=written, kind=written.suffix[1:].lower() or "frames", axis=axis.value, frames=frames, span=span, fps=fps, bounce=bounce, crop=crop, line_integrals=line_integrals, weights=name, unfamiliar=strange, device=model.device, seconds=round(seconds, 3)) | model.settled(**sampling))
+                  dict(input=radiograph, out=written, kind=written.suffix[1:].lower() or "frames", axis=axis.value, frames=frames, span=span, fps=fps, bounce=bounce, crop=crop, line_integrals=line_integrals, weights=name, unfamiliar=strange, device=model.device, seconds=round(seconds, 3)) | model.sampling_options(**sampling))
 
 # %% ../nbs/14_cli.ipynb #c59ed6e6
 SOURCES = "data", "cts", "phantoms"
@@ -606,7 +606,7 @@ def recipe_of(
     asked: Asked,  # as completed
 ) -> tuple:        # `TrainConfig`, and settings of the data by their names
     "The recipe that is meant."
-    from radrotator.train.trainer import PRESETS, with_settings
+    from radrotator.train.config import PRESETS, with_settings
     name = asked.preset
     if name not in PRESETS: raise RadRotatorError(f"there is no preset {name!r}; choose {' or '.join(PRESETS)}")
     settings = {key: value for key, value in (asked.set or {}).items() if not key.startswith("data.")}
@@ -671,7 +671,8 @@ def feeds_of(
     "The pairs that are meant, and where they come from."
     from radrotator.pairs.plan import SetPlan
     from radrotator.pairs.sources import PhantomPlan, bones_hash, ct_jobs, phantom_jobs
-    from radrotator.train.trainer import from_jobs, from_sets, to_watch, with_settings
+    from radrotator.train.config import with_settings
+    from radrotator.train.feeds import from_jobs, from_sets, to_watch
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
     if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
@@ -764,8 +765,11 @@ def begin(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")          # before PyTorch is loaded: threads of the renderer that wait would take the time of the network's
     asked = completed(out, asked, resume)
     check_bones(asked.bones)
-    from radrotator.rotate import pick_device
-    from radrotator.train.trainer import Machine, Trainer, checkpoints, initial, join
+    from radrotator.rotate.rotator import pick_device
+    from radrotator.train.checkpoint import checkpoints
+    from radrotator.train.machine import Machine, join
+    from radrotator.train.state import initial
+    from radrotator.train.trainer import Trainer
     config, of_data = recipe_of(asked)
     if asked.init and not checkpoints(out): initial(asked.init, config)   # before minutes of work
     device = pick_device(device)
@@ -819,7 +823,7 @@ def report_command(
     "Draw a training run as one HTML file."
     if out is not None: check_name(out, (".html",))
     with working("drawing"):
-        from radrotator.train.trainer import report
+        from radrotator.train.feeds import report
         text, out = report(folder), out or folder/"report.html"
     with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
@@ -856,15 +860,16 @@ def evaluate_command(
     from radrotator.evaluate.judge import judge
     from radrotator.evaluate.protocol import Protocol
     from radrotator.evaluate.report import write_report
-    from radrotator.rotate import pick_device
-    from radrotator.train.trainer import join, with_settings
+    from radrotator.rotate.rotator import pick_device
+    from radrotator.train.config import with_settings
+    from radrotator.train.machine import join
     asked, device, began = with_settings(Protocol(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
     found, left_out = judge(model, patients, asked, accelerator, watched(accelerator, "judging"), steps=steps, guidance=guidance)
     accelerator.end_training()
     if not accelerator.is_main_process: return None
-    about = dict(weights=name, left_out=left_out, command=command_line(context, quiet=("cts", "out")), commit=commit(), questions=asdict(asked), sampling=model.settled(steps=steps, guidance=guidance),
+    about = dict(weights=name, left_out=left_out, command=command_line(context, quiet=("cts", "out")), commit=commit(), questions=asdict(asked), sampling=model.sampling_options(steps=steps, guidance=guidance),
                  seconds=round(time.perf_counter() - began), device=here(device), processes=accelerator.num_processes, cores=cores(), made={key: value for key, value in model.about.items() if key not in ("report", "known")})
     with atomic_folder(out) as folder: known = write_report(folder, found, about)
     tables = [f"{group} ({len(figures['patients'])})\n\n{markdown_table(figures['headline'])}" for group, figures in known["groups"].items()]
@@ -986,7 +991,7 @@ def write_item(
     "The sheet of an item, and its pictures one by one."
     import numpy as np
     from radrotator.geometry import AXES
-    from radrotator.train.trainer import view_sheet
+    from radrotator.train.log import view_sheet
     from radrotator.radiograph.image import Radiograph
     from radrotator.radiograph.write import write_picture
     if not item.views: return
@@ -1123,7 +1128,7 @@ def weights_found(
 ) -> list[dict]: # file, bytes, parameters, pixels along each side, commit
     "The weights that come with the package."
     from importlib.resources import files
-    from radrotator.rotate import RadRotator
+    from radrotator.rotate.rotator import RadRotator
     from radrotator.model.unet import count_parameters
     def known(path):
         model = RadRotator.from_file(path, "cpu")
@@ -1174,7 +1179,7 @@ def a_decoder(
 def an_encoder(
 ) -> str | None: # None where nobody does
     "Who writes H.264."
-    from radrotator.rotate import has_encoder
+    from radrotator.rotate.video import has_encoder
     if not has_encoder(): return None
     from imageio_ffmpeg import get_ffmpeg_version
     return f"ffmpeg {get_ffmpeg_version()}, libx264"

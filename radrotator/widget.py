@@ -25,7 +25,8 @@ from .core import RadRotatorError
 from .geometry import AXES, LIMIT
 from .evaluate.protocol import sampling_ways
 from .radiograph.image import Radiograph, resize
-from .rotate import RadRotator, as_radiograph, eight_bits
+from .rotate.rotator import RadRotator, as_radiograph
+from .rotate.video import read_frame
 
 # %% ../nbs/13_widget.ipynb #6a40caff
 STEP = 0.5  # degrees
@@ -416,7 +417,7 @@ def write(self: Viewer,
     watch=None,          # called with (steps done, x0 of now)
 ) -> Path:
     "One view as a file, in full size."
-    text = self.model.description(f"by Rz·Ry·Rx: {request.words}", **self.options(request, math.inf))
+    text = self.model.describe_view(f"by Rz·Ry·Rx: {request.words}", **self.options(request, math.inf))
     return self.turned(request, math.inf, watch).write(folder/f"{request.name}{suffix}", text)
 
 # %% ../nbs/13_widget.ipynb #4beff737
@@ -426,7 +427,7 @@ def bytes_of(
 ) -> int:
     "What one frame adds to a sweep."
     if not suffix: return frame.stat().st_size
-    Image.fromarray(eight_bits(frame)).save(file := io.BytesIO(), "GIF")
+    Image.fromarray(read_frame(frame)).save(file := io.BytesIO(), "GIF")
     return file.tell()
 
 # %% ../nbs/13_widget.ipynb #f9a95edc
@@ -446,7 +447,7 @@ def sweep(self: Viewer,
         for done, row in enumerate(watch(rows, total)):
             if done == 1 and suffix != ".mp4": check_link(frames*bytes_of(min(folder.glob(f".{path.name}.frames/*.png")), suffix))
             yield row
-    path = self.model.write_sweep(radiograph, path, axis, frames, label=label, watch=weighed, **self.options(request, SHOWN))
+    path = self.model.write_sweep(radiograph, path, axis, frames, label=label, progress=weighed, **self.options(request, SHOWN))
     return Path(shutil.make_archive(path, "zip", path)) if path.is_dir() else path
 
 # %% ../nbs/13_widget.ipynb #29ff2011

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     body = 0.4*(row**2 + column**2 < 0.9) + 0.5*((row - 0.2)**2 + (abs(column) - 0.4)**2 < 0.04)
     radiograph = Radiograph(body/body.max(), (0.5, 0.5))
     radiograph.write(folder/"hip.png")
-    radiograph.write(folder/"hip.dcm")
+    radiograph.write(folder/"hip.dcm", mark=False)              # a marked one is met with a warning
     z, y, x = np.mgrid[-1:1:60j, -1:1:40j, -1:1:50j]
     hu = np.where(x**2 + y**2 < 0.8, 40.0, -1000.0) + 900*((abs(x) - 0.5)**2 + y**2 + (z/2)**2 < 0.05)
     write_ct(CT(hu.transpose(2, 1, 0).astype(np.float32), np.diag([8.0, 6, 8, 1])), folder/"body.nii.gz")
@@ -98,7 +98,7 @@ def accept(capfd, *words):
 BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "short.png": "cut short", "body.nii.gz": "radrotator drr", "series": "radrotator drr",
                    "series/slice.dcm": "radrotator drr", "untrained.safetensors": "not a DICOM"}
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
-           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: the CT is 160 mm tall"}
+           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: cannot choose a field of view: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
 BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
 
@@ -180,12 +180,12 @@ def test_outputs(command, out, here, capfd):
     ("pairs series -o sets --drrs 2", "--drrs"),
     ("pairs series -o sets --fov nan", "--fov"),
     ("pairs series -o sets --folds gone.csv", "gone.csv|no NIfTI"),
-    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "choose one of ddim"),
+    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "Choose one of ddim"),
     ("convert hip.png -o out.safetensors", "hip.png"),
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
-    ("sweep hip.png -o out.avi --weights untrained.safetensors", "end it in .mp4 or .gif"),
+    ("sweep hip.png -o out.avi --weights untrained.safetensors", "End it in .mp4 or .gif"),
     ("sweep hip.png -o hip.png", "exists already"),
     ("sweep hip.png -o nowhere/out.mp4", "does not exist"),
     ("sweep hip.png -o out.mp4 --axis w", "--axis"),
@@ -193,7 +193,7 @@ def test_outputs(command, out, here, capfd):
     ("sweep hip.png -o out.mp4 --span nan --weights untrained.safetensors", "not a number"),
     ("sweep hip.png -o out.mp4 --frames 1 --weights untrained.safetensors", "from 2 to"),
     ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
-    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "choose one of ddim"),
+    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "Choose one of ddim"),
     ("rotate gone.png -o out.png --json", "gone.png"),
     ("train --preset huge -o run", "choose tiny or small or paper-tiny or paper"),
     ("train -o run", "one source of pairs, and none was given"),
@@ -404,9 +404,9 @@ def test_train_and_train_on(here, capfd):
 
 
 def test_demo_twice(here, capfd, monkeypatch):
-    import radrotator.phantom.phantom
-    seeds, coarse = [], radrotator.phantom.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
+    import radrotator.phantom
+    seeds, coarse = [], radrotator.phantom.phantom
+    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
     assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
@@ -445,7 +445,7 @@ def test_how_a_radiograph_is_read_and_marked(here, capfd):
 
 
 def test_what_the_weights_do_not_know_is_turned_with_a_warning(here, capfd, monkeypatch):
-    monkeypatch.setattr("radrotator.rotate.RadRotator.unfamiliar", lambda self, radiograph, crop: "this looks like a horse; judge for yourself")
+    monkeypatch.setattr("radrotator.rotate.rotator.RadRotator.unfamiliar", lambda self, radiograph, crop: "this looks like a horse; judge for yourself")
     for words in ("rotate", "-o", "horse.png"), ("sweep", "-o", "horse.gif", "--frames", 2):
         assert main([*map(str, words), "hip.png", "--json", *WEIGHTS]) == 0
         out, err = capfd.readouterr()
@@ -474,11 +474,11 @@ LINES = {
 @pytest.fixture
 def material(here, monkeypatch):
     "What these lines read"
-    import radrotator.phantom.phantom
+    import radrotator.phantom
     from radrotator.ct.read import read_ct
     from radrotator.model.mediffusion import to_mediffusion
-    coarse = radrotator.phantom.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
+    coarse = radrotator.phantom.phantom
+    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
     if (here/"json").exists(): return
     (here/"json").mkdir()
     write_ct(CT(read_ct("body.nii.gz").hu, np.diag([8.0, 8, 6, 1])), "json/a.nii.gz")
@@ -537,7 +537,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
     assert main(["doctor"]) == 0
     said = capfd.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in said and "weights tiny" in said and "turn of a drawn pelvis" in said and str(Path.home()) not in said and str(Path.cwd()) not in said
-    monkeypatch.setattr("radrotator.rotate.has_encoder", lambda: False)
+    monkeypatch.setattr("radrotator.rotate.video.has_encoder", lambda: False)
     monkeypatch.setattr("importlib.metadata.version", lambda package: (_ for _ in ()).throw(ModuleNotFoundError(package)))
     assert main(["doctor", "--json"]) == 0                                        # none of this is needed to rotate
     missing = {check["name"]: check for check in json.loads(capfd.readouterr().out)["checks"] if check["found"] is None}
@@ -545,7 +545,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
 
 
 def test_the_doctor_finds_damaged_weights(capfd, monkeypatch, tmp_path):
-    for module in "importlib.resources", "radrotator.rotate": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
+    for module in "importlib.resources", "radrotator.rotate.rotator": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
     (tmp_path/"weights").mkdir()
     (tmp_path/"weights"/"tiny.safetensors").write_text("damaged")
     assert main(["doctor"]) == 1
@@ -666,6 +666,6 @@ def test_completion_by_protocol(shell):
 
 def test_what_is_completed_is_what_can_be_chosen():
     from radrotator.model.sample import SOLVERS
-    from radrotator.train.trainer import PRESETS
+    from radrotator.train.config import PRESETS
     offered = lambda name, option: [item.value for item in next(p for p in COMMANDS[name].params if option in p.opts).shell_complete(COMMANDS[name].make_context(name, [], resilient_parsing=True), "")]
     assert offered("rotate", "--solver") == [*SOLVERS] and offered("train", "--preset") == [*PRESETS]

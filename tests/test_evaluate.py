@@ -162,7 +162,7 @@ def test_weights_that_lift_stand_between_no_network_and_perfect_depth(soft):
     from radrotator.evaluate.statistics import find_cell, summary
     from radrotator.evaluate.styles import PLAIN, UNKNOWN
     from radrotator.evaluate.tables import fine_table, headline_table
-    from radrotator.rotate import RadRotator
+    from radrotator.rotate.rotator import RadRotator
     model = RadRotator.from_pretrained(device="cpu")
     patient = Patient("phantoms", "phantom", lambda: phantom(2**31 + 7, spacing=3.0, soft=soft))
     result = judge_patient(model, patient, Protocol(angles=(0, 12), compound=1, frames=0, fine=96))

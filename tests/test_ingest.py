@@ -21,9 +21,9 @@ from radrotator.ct.nifti import write_ct
 from radrotator.ct.read import read_ct
 from radrotator.ct.report import REPORT_COLUMNS, read_report
 from radrotator.ct.volume import CT, REASONS
-from radrotator.phantom.grid import LABELS
 from radrotator.phantom.phantom import phantom
 from radrotator.phantom.skeleton import make_skeleton
+from radrotator.phantom.grid import LABELS
 
 EASY = IngestConfig(spacing=2, min_slices=20, coverage=False, salt="salt of the tests")
 BODY = body()

@@ -14,14 +14,18 @@ from radrotator.phantom.atlas import BoneAtlas
 from radrotator.phantom.phantom import phantom
 from radrotator.radiograph.image import Radiograph, to_unit
 from radrotator.radiograph.read import read_radiograph
-from radrotator.rotate import RadRotator, small, strangeness
+from radrotator.rotate.novelty import novelty_score, shrink_radiograph
+from radrotator.rotate.rotator import RadRotator
 
 
 @pytest.fixture(scope="module")
 def model(): return RadRotator.from_pretrained(device="cpu")
 
 
-def far(model, picture): return strangeness(small(Radiograph(to_unit(picture))).square(64)[0], model.about["known"])
+def far(model, picture):
+    "Novelty score of a picture for these weights"
+    small = shrink_radiograph(Radiograph(to_unit(picture)))
+    return novelty_score(small.square(64)[0], model.about["known"])
 
 
 def jpeg(picture):

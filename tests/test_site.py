@@ -228,7 +228,7 @@ def test_what_goes_to_nbdev_is_ready_for_it(docs):
     made = json.loads(docs.ready(json.dumps(dict(cells=cells))))["cells"]
     assert [c["source"] for c in made] == ["# T\n\n> d\n\n", "Intro\n\n- a: b", cells[1]["source"], "#| eval: false\n" + cells[2]["source"], cells[3]["source"]]
     settings = get_config(path=ROOT)
-    assert docs.outward("[c](../../CITATION.cff) [d](../01_geometry.ipynb)", PurePosixPath("tutorials"), settings) == f"[c]({settings.git_url}/blob/{settings.branch}/CITATION.cff) [d](../01_geometry.ipynb)"
+    assert docs.outward("[c](../../CITATION.cff) [d](../02_phantom.ipynb)", PurePosixPath("tutorials"), settings) == f"[c]({settings.git_url}/blob/{settings.branch}/CITATION.cff) [d](../02_phantom.ipynb)"
 
 
 class Turned:

@@ -1,5 +1,5 @@
 """Films of a sweep: what players and readers find in them, and that an interruption at any moment costs no more than the frames that were under way."""
-import base64, csv, hashlib, json, multiprocessing, os, shutil, signal, subprocess, warnings
+import base64, contextlib, csv, hashlib, json, multiprocessing, os, shutil, signal, subprocess, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +9,15 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe, read_frames
 from PIL import Image
 
-from radrotator import rotate
 from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
 from radrotator.model.lift import Lift, LiftConfig
+from radrotator.model.unet import UNet, UNetConfig
 from radrotator.radiograph.image import Radiograph
 from radrotator.radiograph.write import burn_mark
-from radrotator.rotate import RadRotator, eight_bits, for_film, montage
-from radrotator.model.unet import UNet, UNetConfig
+import radrotator.rotate.frames as frames_room, radrotator.rotate.rotator as rotator
+from radrotator.rotate.figure import montage
+from radrotator.rotate.rotator import RadRotator
+from radrotator.rotate.video import fit_to_film, read_frame
 
 FRAMES = 11  # of the sweeps here: two batches of four, and three frames
 
@@ -75,6 +77,13 @@ def content(path):
     return (film(path)[0] if path.suffix == ".mp4" else moving_picture(path)[0]).tobytes()
 
 
+@contextlib.contextmanager
+def refused(code):
+    "The block is refused with this code; what is raised is given, to be looked at afterwards"
+    with pytest.raises(RadRotatorError) as error: yield error
+    assert error.value.code == code
+
+
 def names(folder):
     "Everything in a folder, hidden or not"
     return sorted(p.name for p in folder.iterdir())
@@ -114,7 +123,7 @@ def test_metadata_say_what_it_is_and_nothing_of_the_patient(whole, tmp_path):
 def test_a_gif_takes_as_long_as_the_video(whole):
     frames, times = moving_picture(whole[".gif"])
     assert set(times) == {30, 40} and abs(sum(times) - 1000*FRAMES/30) <= 5
-    assert np.array_equal(frames, [eight_bits(path) for path in sorted(whole[""].glob("*.png"))])  # no grey is lost
+    assert np.array_equal(frames, [read_frame(path) for path in sorted(whole[""].glob("*.png"))])  # no grey is lost
     with Image.open(whole[".gif"]) as image: assert image.info["loop"] == 0
 
 
@@ -136,7 +145,7 @@ def test_a_large_radiograph_is_scaled_down_for_a_film_only(tmp_path):
     large = picture(1200, 1120)
     assert film(model_of().write_sweep(large, tmp_path/"turn.mp4", frames=2))[0].shape == (2, 1080, 1008)
     with Image.open(model_of().write_sweep(large, tmp_path/"turn", frames=2)/"000.png") as image: assert image.size == (1120, 1200)
-    assert np.abs(for_film(large).pixels[::4, ::4] - picture(1080, 1008).pixels[::4, ::4]).max() < 0.01
+    assert np.abs(fit_to_film(large).pixels[::4, ::4] - picture(1080, 1008).pixels[::4, ::4]).max() < 0.01
 
 
 def test_pixels_that_are_not_square_are_shown_as_they_are(tmp_path):
@@ -165,8 +174,8 @@ def test_a_caption_can_be_read(size):
 
 def test_the_label_is_in_the_frame(tmp_path, whole):
     labelled = content(write(tmp_path/"turn", label=True))
-    plain = [eight_bits(whole[""]/f"{i:03}.png") for i in (0, 1)]
-    shown = [eight_bits(tmp_path/"turn"/f"{i:03}.png") for i in (0, 1)]
+    plain = [read_frame(whole[""]/f"{i:03}.png") for i in (0, 1)]
+    shown = [read_frame(tmp_path/"turn"/f"{i:03}.png") for i in (0, 1)]
     assert all(np.array_equal(a[:30], b[:30]) and not np.array_equal(a[40:], b[40:]) for a, b in zip(plain, shown))
     assert len(labelled) == FRAMES + 1
 
@@ -196,25 +205,25 @@ def work(path, killed_at=None, resume=False, **asked):
     kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     rounds = []
 
-    def watch(rows, total):
+    def progress(rows, total):
         rounds.append(total)
         for i, row in enumerate(rows):
             if killed_at == ("frames", "film")[len(rounds) - 1] + f" {i}": kill()
             yield row
-    if killed_at == "manifest": rotate.begin = kill
-    if killed_at == "end": rotate.publish = kill
+    if killed_at == "manifest": frames_room.claim_folder = kill
+    if killed_at == "end": rotator.move_into_place = kill
     if killed_at == "naming": Path.rename = kill
     if killed_at == "tidying":
-        publish = rotate.publish
-        rotate.publish = lambda *where: (publish(*where), kill())
-    write(path, resume=resume, watch=watch, **asked)
+        move = rotator.move_into_place
+        rotator.move_into_place = lambda *where: (move(*where), kill())
+    write(path, resume=resume, progress=progress, **asked)
 
 
 @pytest.fixture(scope="module")
 def processes():
     "Processes that begin with everything imported"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["radrotator.rotate", "radrotator.radiograph.write", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
+    context.set_forkserver_preload(["radrotator.rotate.rotator", "radrotator.radiograph", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
     return context
 
 
@@ -237,7 +246,7 @@ def test_killed_and_resumed(moment, kind, whole, tmp_path, processes):
     assert run(processes, path, moment) == -signal.SIGKILL
     assert path.exists() == (moment == "tidying")
     if moment == "tidying":
-        with pytest.raises(RadRotatorError, match="exists already"): write(path, resume=True)
+        with refused("EXISTS"): write(path, resume=True)
     else: assert write(path, resume=True) == path
     assert names(tmp_path) == [path.name] and content(path) == content(whole[kind])
 
@@ -261,17 +270,17 @@ def test_frames_that_are_there_are_not_made_again(tmp_path, processes):
     assert run(processes, path, "frames 6") == -signal.SIGKILL
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/".turn.frames").glob("*.png")}
     assert len(before) == 6
-    write(path, resume=True, watch=lambda rows, total: made.append(total) or rows)
+    write(path, resume=True, progress=lambda rows, total: made.append(total) or rows)
     assert made == [FRAMES - 6] and all((path/name).stat().st_mtime_ns == when for name, when in before.items())
 
 
 def interrupt(path, after=3, **asked):
     "Ctrl-C, or what else is raised, when so many frames are there"
-    def watch(rows, total):
+    def progress(rows, total):
         for i, row in enumerate(rows):
             if i == after: raise KeyboardInterrupt
             yield row
-    with pytest.raises(KeyboardInterrupt): write(path, watch=watch, **asked)
+    with pytest.raises(KeyboardInterrupt): write(path, progress=progress, **asked)
 
 
 def test_ctrl_c(whole, tmp_path):
@@ -280,7 +289,7 @@ def test_ctrl_c(whole, tmp_path):
     assert names(tmp_path) == []                               # nothing was done, nothing is left
     interrupt(path)
     assert names(tmp_path) == [".turn.mp4.frames"] and names(tmp_path/".turn.mp4.frames") == ["000.png", "001.png", "002.png", "manifest.json"]
-    with pytest.raises(RadRotatorError, match="ask to resume it"): write(path)
+    with refused("INTERRUPTED"): write(path)
     assert content(write(path, resume=True)) == content(whole[".mp4"]) and names(tmp_path) == ["turn.mp4"]
 
 
@@ -300,12 +309,15 @@ def test_other_settings_are_refused(name, begun):
     asked = dict(CHANGES[name])
     if "model" in asked: asked["model"] = model_of(asked["model"])
     before = content(begun.with_name(".turn.mp4.frames"))
-    with pytest.raises(RadRotatorError, match=f"begun with another {name};") as refused: write(begun, resume=True, **asked)
-    assert "\n" not in str(refused.value) and content(begun.with_name(".turn.mp4.frames")) == before
+    with refused("OTHER_SETTINGS") as error: write(begun, resume=True, **asked)
+    assert f"begun with another {name}." in str(error.value) and "\n" not in str(error.value)
+    assert content(begun.with_name(".turn.mp4.frames")) == before
 
 
 def test_another_radiograph_is_refused(begun):
-    with pytest.raises(RadRotatorError, match="begun with another radiograph;"): model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
+    with refused("OTHER_SETTINGS") as error:
+        model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
+    assert "begun with another radiograph." in str(error.value)
     manifest = begun.with_name(".turn.mp4.frames")/"manifest.json"
     assert "Doe" not in manifest.read_text() and json.loads(manifest.read_text())["radiograph"] == hashlib.sha256(b"(75, 60) None False" + picture().pixels.tobytes()).hexdigest()
 
@@ -318,7 +330,7 @@ def test_speed_and_way_back_may_be_chosen_anew(begun, tmp_path):
 
 
 def test_two_at_once_are_refused(begun):
-    with folder_lock(begun.with_name(".turn.mp4.frames")), pytest.raises(RadRotatorError, match="another process"): write(begun, resume=True)
+    with folder_lock(begun.with_name(".turn.mp4.frames")), refused("LOCKED"): write(begun, resume=True)
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -326,14 +338,14 @@ def test_nothing_is_overwritten(tmp_path):
     path = tmp_path/"turn.gif"
     path.write_text("mine")
     for resume in (False, True):
-        with pytest.raises(RadRotatorError, match="exists already"): write(path, resume=resume)
+        with refused("EXISTS"): write(path, resume=resume)
     assert names(tmp_path) == ["turn.gif"]
     path.unlink()
 
-    def watch(rows, total):
+    def progress(rows, total):
         yield from rows
         path.write_text("mine")
-    with pytest.raises(RadRotatorError, match="exists already"): write(path, watch=watch)
+    with refused("EXISTS"): write(path, progress=progress)
     assert path.read_text() == "mine" and len(list((tmp_path/".turn.gif.frames").glob("*.png"))) == FRAMES
     path.unlink()
     write(path, resume=True)
@@ -343,23 +355,28 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     folder = tmp_path/".turn.mp4.frames"
     folder.mkdir(); (folder/"thesis.txt").write_text("mine")
-    with pytest.raises(RadRotatorError, match="no sweep wrote"): write(tmp_path/"turn.mp4")
+    with refused("FOREIGN_FOLDER"): write(tmp_path/"turn.mp4")
     assert names(folder) == ["thesis.txt"]
 
 
 # What can be wrong
 
-@pytest.mark.parametrize("asked, why", [(dict(axis="w"), "no axis"), (dict(span=16), "outside"), (dict(span=float("nan")), "nan|not a number|outside"), (dict(frames=1), "from 2"), (dict(frames=10**6), "to 100000"),
-                                        (dict(fps=0), "from 1 to 50"), (dict(fps=float("nan")), "from 1 to 50"), (dict(solver="magic"), "no solver"), (dict(steps=5), "know the mean alone"), (dict(detail=2), "from 0"),
-                                        (dict(steps=0, model=drawing_model()), "from 1 to 1000"), (dict(detail=1, model=drawing_model()), "draw whole views"), (dict(guidance=2), "cannot guide")])
-def test_refused_and_nothing_left(asked, why, tmp_path):
-    with pytest.raises(RadRotatorError, match=why): write(tmp_path/"turn.mp4", **asked)
+@pytest.mark.parametrize("asked, code", [
+    (dict(axis="w"), "NO_AXIS"), (dict(span=16), "ANGLE"), (dict(span=float("nan")), "ANGLE"),
+    (dict(frames=1), "FRAME_COUNT"), (dict(frames=10**6), "FRAME_COUNT"),
+    (dict(fps=0), "FRAME_RATE"), (dict(fps=float("nan")), "FRAME_RATE"),
+    (dict(solver="magic"), "NO_SOLVER"), (dict(steps=5), "NO_SAMPLES"), (dict(detail=2), "DETAIL"),
+    (dict(steps=0, model=drawing_model()), "SOLVER_STEPS"), (dict(detail=1, model=drawing_model()), "NO_DETAIL"),
+    (dict(guidance=2), "NO_GUIDANCE"), (dict(batch=0), "BATCH")])
+def test_refused_and_nothing_left(asked, code, tmp_path):
+    with refused(code): write(tmp_path/"turn.mp4", **asked)
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name, why", [("turn.avi", "end it in .mp4 or .gif"), (".", "end it in .mp4 or .gif"), ("nowhere/turn.mp4", "does not exist"), ("a"*250 + ".mp4", "too long")])
-def test_names_that_cannot_be(name, why, tmp_path):
-    with pytest.raises(RadRotatorError, match=why): write(Path(name) if name == "." else tmp_path/name)
+@pytest.mark.parametrize("name, code", [("turn.avi", "FILM_KIND"), (".", "FILM_KIND"), ("nowhere/turn.mp4", "NO_FOLDER"),
+                                        ("a"*250 + ".mp4", "NAME_TOO_LONG")])
+def test_names_that_cannot_be(name, code, tmp_path):
+    with refused(code): write(Path(name) if name == "." else tmp_path/name)
     assert names(tmp_path) == []
 
 
@@ -380,7 +397,8 @@ def test_an_encoder_that_breaks_off_costs_no_frames(whole, tmp_path, monkeypatch
     (tmp_path/"ffmpeg").chmod(0o755)
     (tmp_path/"out").mkdir()
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path/"ffmpeg"))
-    with pytest.raises(RadRotatorError, match="the encoder stopped before the end"): write(tmp_path/"out"/"turn.mp4")
+    with refused("NOT_WRITTEN") as error: write(tmp_path/"out"/"turn.mp4")
+    assert "the encoder stopped before the end" in str(error.value)
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     assert content(write(tmp_path/"out"/"turn.mp4", resume=True)) == content(whole[".mp4"]) and names(tmp_path/"out") == ["turn.mp4"]
 
@@ -390,11 +408,11 @@ def fill(path, room, when):
     import resource
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
-    def watch(rows, total):
+    def progress(rows, total):
         yield from rows
         if when == "after": limit()
     if when == "before": limit()
-    try: write(path, watch=watch)
+    try: write(path, progress=progress)
     except RadRotatorError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (path.parent/"said").write_text(str(error))
@@ -417,11 +435,11 @@ def test_no_room(kind, room, when, whole, tmp_path, processes):
 
 def test_frames_are_written_as_they_come(tmp_path):
     "No more than a batch of views is ever alive"
-    def watch(rows, total):
+    def progress(rows, total):
         for i, row in enumerate(rows):
             if total == FRAMES and (tmp_path/".turn.frames").exists(): assert len(list((tmp_path/".turn.frames").glob("[0-9]*.png"))) == i
             yield row
-    write(tmp_path/"turn", watch=watch)
+    write(tmp_path/"turn", progress=progress)
 
 
 @pytest.mark.parametrize("kind", [".gif", ".mp4", ""])
@@ -454,7 +472,7 @@ def test_montage_takes_what_rotate_takes(tmp_path):
 @pytest.mark.parametrize("shape", [(16, 1000), (1000, 16)], ids=str)
 def test_a_strip_is_refused(shape):
     for model in (model_of(), drawing_model()):
-        with pytest.raises(RadRotatorError, match="a strip of"): model.rotate(Radiograph(np.random.default_rng(0).random(shape, np.float32)), z=5)
+        with refused("STRIP"): model.rotate(Radiograph(np.random.default_rng(0).random(shape, np.float32)), z=5)
 
 
 def odd_pictures():
@@ -470,7 +488,7 @@ def odd_pictures():
 def test_whatever_comes_in_no_nan_leaves(name, linear):
     given = Radiograph(odd_pictures()[name], linear=linear)
     if name == "nearly even":
-        with pytest.raises(RadRotatorError, match="one even grey"): model_of().rotate(given, z=5)
+        with refused("EVEN_PICTURE"): model_of().rotate(given, z=5)
         return
     for detail in (0, 0.3, 1):
         for view in model_of().views(given, [[0, 0, 0], [15, 15, 15], [-15, 3, 15], [0, 0, 1e-3]], detail=detail): assert np.isfinite(view.pixels).all() and 0 <= view.pixels.min() <= view.pixels.max() <= 1
@@ -484,15 +502,18 @@ def test_a_drawn_sweep(kind, tmp_path):
     assert content(write(tmp_path/f"turn{kind}", drawing_model(), resume=True)) == content(whole)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '"frames"'])
-def test_a_manifest_that_no_sweep_wrote(tmp_path, text):
+@pytest.mark.parametrize("text, code", [("", "DAMAGED_MANIFEST"), ("null", "DAMAGED_MANIFEST"), ('"frames"', "DAMAGED_MANIFEST"),
+                                        ("[]", "OTHER_SETTINGS"), ("{}", "OTHER_SETTINGS")])
+def test_a_manifest_that_no_sweep_wrote(tmp_path, text, code):
     folder = tmp_path/".film.frames"
     folder.mkdir()
     (folder/"manifest.json").write_text(text); (folder/"000.png").write_bytes(b"")
-    with pytest.raises(RadRotatorError, match="remove the folder"): model_of().write_sweep(Radiograph(np.random.default_rng(0).random((40, 32), np.float32)), tmp_path/"film", frames=3, resume=True)
+    noise = Radiograph(np.random.default_rng(0).random((40, 32), np.float32))
+    with refused(code): model_of().write_sweep(noise, tmp_path/"film", frames=3, resume=True)
 
 
 def test_a_damaged_frame_is_named(tmp_path):
     empty = tmp_path/"001.png"
     empty.write_bytes(b"")
-    with pytest.raises(RadRotatorError, match="001.png: this frame is damaged"): eight_bits(empty)
+    with refused("DAMAGED_FRAME") as error: read_frame(empty)
+    assert "001.png" in str(error.value)

@@ -23,8 +23,8 @@ from .tables import (back_table, collect_rows, depth_table, describe_depth, desc
 from ..geometry import AXES
 from ..html import render_page
 from ..register.register import JUDGED
-from ..rotate import RadRotator
-from ..train.trainer import view_sheet
+from ..rotate.rotator import RadRotator
+from ..train.log import view_sheet
 from ..model.weights import save_weights
 
 # %% ../../nbs/41_evaluate/13_report.ipynb #41801605
