@@ -1,7 +1,7 @@
 """Execute notebooks by nbdev's flag rules and store what they print and draw.
 
     python .ci/execute.py                               every notebook
-    python .ci/execute.py nbs/03_drr.ipynb              these notebooks
+    python .ci/execute.py nbs/12_drr/05_render.ipynb              these notebooks
     python .ci/execute.py --flags slow nbs/21_train/03_trainer.ipynb    with the cells marked `#| slow`, too
 
 Tests do not store outputs and the documentation does not execute, so without this the figures would go stale.

@@ -23,11 +23,12 @@ def poses():
 def panels(model, soft):
     "For each pose the input, the rotated and the true view of the unseen phantom, on one scale of greys"
     import numpy as np
-    from radrotator.drr import Renderer, fit_fov
-    from radrotator.evaluate import SCALE
+    from radrotator.drr.frame import fit_fov
+    from radrotator.drr.render import Renderer
+    from radrotator.evaluate.views import SCALE
     from radrotator.geometry import CArm
-    from radrotator.phantom import phantom
-    from radrotator.radiograph import Radiograph
+    from radrotator.phantom.phantom import phantom
+    from radrotator.radiograph.write import Radiograph
     ct = phantom(UNSEEN, spacing=2.0, soft=soft)
     each, which = np.unique(poses(), axis=0, return_inverse=True)
     carm, renderer = fit_fov(ct, CArm(size=SIZE, fov=300.0), each), Renderer(ct)

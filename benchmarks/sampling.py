@@ -116,8 +116,8 @@ def forward_table(config, rounds, memory=True):
 
 def picture_and_truth(model, seed=2**31):
     "A phantom's DRR that training never drew, and the same turned by 12° about z, (size, size) in [0, 1]"
-    from radrotator.evaluate import turned_views
-    from radrotator.phantom import phantom
+    from radrotator.evaluate.views import turned_views
+    from radrotator.phantom.phantom import phantom
     view, = turned_views(model, phantom(seed), [(0, 0, 12.0)], "phantom")
     return view.input, view.truth
 
@@ -128,7 +128,7 @@ def psnr(picture, reference): return -10*math.log10(max(((picture - reference)**
 def view_table(model, rounds):
     "Rows: a view by each solver; distance to the converged view of the same guidance, and to the truth"
     picture, truth = picture_and_truth(model)
-    view = lambda **asked: draw_batch(model.network, picture, [[0, 0, 12.0]], model.sampling(**asked))[0]
+    view = lambda **asked: draw_batch(model.network, picture, [[0, 0, 12.0]], model.choose_sampling(**asked))[0]
     ways = [dict(solver="ddim-leading", steps=200, guidance=g) for g in (4.0, 1.0)]
     ways += [dict(solver=solver, steps=steps, guidance=g) for g in (4.0, 1.0) for solver, steps in (("ddim", 200), ("ddim", 20), ("dpm", 20), ("dpm", 15), ("dpm", 10))] + [model.defaults]
     SOLVERS["ddim-leading"] = ddim, "leading"                                        # the paper's grid

@@ -22,7 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits is no
 import torch
 
 from radrotator.core import markdown_table
-from radrotator.pairs import TRAIN, Batch, PhantomPlan, phantom_jobs
+from radrotator.batch import Batch
+from radrotator.pairs.folds import TRAIN
+from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.train.trainer import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNetConfig, count_operations

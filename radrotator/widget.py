@@ -23,8 +23,8 @@ from traitlets.log import get_logger
 
 from .core import RadRotatorError
 from .geometry import AXES, LIMIT
-from .evaluate import sampled
-from .radiograph import Radiograph, resize
+from .evaluate.protocol import sampling_ways
+from .radiograph.image import Radiograph, resize
 from .rotate.rotator import RadRotator, as_radiograph
 from .rotate.video import read_frame
 
@@ -116,7 +116,7 @@ def ways_of(
     if not model.lifts:
         best = model.defaults["steps"]
         named = {"model": f"as judged best ({best} step{'s'*(best > 1)})"}
-        return {named.get(name, name): how for name, how in sampled(model.defaults, {}).items()}
+        return {named.get(name, name): how for name, how in sampling_ways(model.defaults, {}).items()}
     ways = {"sharp": dict(detail=1.0), "mean": dict(detail=0.0)}
     ways = dict(sorted(ways.items(), key=lambda way: way[1]["detail"] != model.defaults["detail"]))
     return ways | {"10 steps": dict(detail=1.0, steps=10, solver="dpm")} if model.samples else ways

@@ -13,10 +13,11 @@ from PIL import Image
 from test_bad_files import HEADERS, dicom
 
 from radrotator.cli import PICTURES, STORY, TITLE, app, examples_of, main
-from radrotator.ct import CT, write_ct
-from radrotator.evaluate import UNSEEN
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.volume import CT
+from radrotator.evaluate.patients import FIRST_TEST_SEED
 from radrotator.model.lift import Lift, LiftConfig
-from radrotator.radiograph import Radiograph
+from radrotator.radiograph.image import Radiograph
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.model.weights import load_weights, save_weights
 
@@ -240,14 +241,14 @@ def test_cuda_where_there_is_none(here, capfd):
 
 
 def test_a_fault_of_the_program_is_not_hidden(here, monkeypatch):
-    monkeypatch.setattr("radrotator.radiograph.read_radiograph", lambda *given: 1/0)
+    monkeypatch.setattr("radrotator.radiograph.read.read_radiograph", lambda *given: 1/0)
     with pytest.raises(ZeroDivisionError): main(["rotate", "hip.png", "-o", "out.png", *WEIGHTS])
 
 
 @pytest.mark.parametrize("number, file", [(errno.ENOSPC, None), (errno.EACCES, "out.png"), (errno.EROFS, "out.png"), (errno.ENAMETOOLONG, "out.png")])
 def test_a_disk_that_refuses(number, file, here, capfd, monkeypatch):
     def fail(*given): raise OSError(number, "it will not do", file)
-    monkeypatch.setattr("radrotator.radiograph.read_radiograph", fail)
+    monkeypatch.setattr("radrotator.radiograph.read.read_radiograph", fail)
     said(refuse(here, capfd, "rotate", "hip.png", "-o", "out.png", *WEIGHTS), f"{file or 'the disk'}: it will not do")
     number = errno.EIO
     with pytest.raises(OSError): main(["rotate", "hip.png", "-o", "out.png", *WEIGHTS])
@@ -407,7 +408,7 @@ def test_demo_twice(here, capfd, monkeypatch):
     seeds, coarse = [], radrotator.phantom.phantom
     monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
-    assert seeds == [UNSEEN, UNSEEN + 1]  # not among the seeds that training draws
+    assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
     assert table.startswith(TITLE) and "frontal pelvis phantoms only" in table
     for item in ("phantom", "chest CT", "CT 1", "radiograph 1"): assert table.count(f"\n| {item} ") == 3
@@ -474,7 +475,7 @@ LINES = {
 def material(here, monkeypatch):
     "What these lines read"
     import radrotator.phantom
-    from radrotator.ct import read_ct
+    from radrotator.ct.read import read_ct
     from radrotator.model.mediffusion import to_mediffusion
     coarse = radrotator.phantom.phantom
     monkeypatch.setattr("radrotator.phantom.phantom", lambda seed, spacing=8.0, *others, **named: coarse(seed, max(spacing, 8.0), *others, **named))
@@ -626,7 +627,7 @@ def test_nobody_listens(words, tmp_path):
 
 
 def test_a_fault_of_the_program_has_status_1(here):
-    fault = "import sys, radrotator.radiograph as r; from radrotator.cli import main; r.read_radiograph = None; sys.exit(main(['rotate', 'hip.png', '-o', 'out.png']))"
+    fault = "import sys, radrotator.radiograph.read as r; from radrotator.cli import main; r.read_radiograph = None; sys.exit(main(['rotate', 'hip.png', '-o', 'out.png']))"
     done = subprocess.run([sys.executable, "-c", fault], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "TypeError" in done.stderr and not (here/"out.png").exists()
 

@@ -88,7 +88,7 @@ def test_loss_is_mediffusions_and_its_variance_output_learns(theirs, process):
 
 def test_variance_head_of_a_network_learns():
     from radrotator.train.trainer import TrainConfig, joined, loss_of, questions
-    from radrotator.pairs import Batch
+    from radrotator.batch import Batch
     from radrotator.model.unet import UNet, UNetConfig
     torch.manual_seed(0)
     config = TrainConfig(UNetConfig(size=16, channels=8, multipliers=(1, 2), attention=(2,), heads=2, groups=4, conditions=3))

@@ -1,14 +1,16 @@
-"""The judge of angles on a real CT: views of known pose, in the renderer's own tone and worn, in any size; and views that deserve to fail."""
+"""Registration to a real CT: views of known pose, in the renderer's own tone and worn, in any size; and failures."""
 from importlib.resources import files
 
 import numpy as np
 import pytest
 from scipy import ndimage, special
 
-from radrotator.ct import read_ct
-from radrotator.drr import Renderer, fit_fov, render
+from radrotator.ct.read import read_ct
+from radrotator.drr.frame import fit_fov
+from radrotator.drr.render import Renderer, render
 from radrotator.geometry import CArm
-from radrotator.evaluate import JUDGED, Registrar, rotation_error
+from radrotator.register.pose import rotation_error
+from radrotator.register.register import JUDGED, Registrar
 
 POSES = np.random.default_rng(0).uniform(-15, 15, (60, 3))
 
@@ -33,7 +35,7 @@ def views(chest):
     return render(chest[0], POSES, chest[1])
 
 
-def worn(picture, random):
+def wear(picture, random):
     "Another tone curve, blur, and 3 % noise"
     toned = special.betainc(*np.exp(random.uniform(-0.7, 0.7, 2)), (picture - picture.min())/np.ptp(picture))
     return ndimage.gaussian_filter(toned, random.uniform(0.5, 1.8)) + 0.03*random.standard_normal(picture.shape)
@@ -56,13 +58,14 @@ def test_patients_who_turn_about_another_point(chest, light):
 
 def test_worn_views(chest, views):
     random = np.random.default_rng(0)
-    found = chest[2](np.stack([worn(view, random) for view in views]))
+    found = chest[2](np.stack([wear(view, random) for view in views]))
     assert np.median(rotation_error(found.poses, POSES)) <= 0.8
 
 
 def test_the_ends_of_the_volume_in_the_picture(light):
     carm = CArm(size=64)
-    error = rotation_error(Registrar(light, carm)(render(light, POSES[:12], carm, oversample=2)).poses, POSES[:12])
+    registered = Registrar(light, carm)(render(light, POSES[:12], carm, oversample=2))
+    error = rotation_error(registered.poses, POSES[:12])
     assert np.median(error) <= 0.4 and error.max() < 1
 
 
@@ -76,7 +79,8 @@ def test_any_size(chest, light, size):
 def test_what_deserves_to_fail(chest, light):
     _, carm, registrar = chest
     asked = np.array([[10.0, 0, 3], [0, 0, -12], [-4, 6, 9]])
-    still, swapped = registrar(render(light, np.zeros((1, 3)), carm)), registrar(render(light, asked[:, ::-1], carm))
+    still = registrar(render(light, np.zeros((1, 3)), carm))
+    swapped = registrar(render(light, asked[:, ::-1], carm))
     assert np.abs(rotation_error(still.poses, asked) - rotation_error(np.zeros((3, 3)), asked)).max() < 0.4
     assert rotation_error(swapped.poses, asked).min() > 8
     assert (registrar(np.random.default_rng(0).random((3, 96, 96))).score < JUDGED).all()

@@ -6,12 +6,14 @@ import pytest
 from PIL import Image
 
 from radrotator.core import shared_data
-from radrotator.ct import read_ct
-from radrotator.drr import render
+from radrotator.ct.read import read_ct
+from radrotator.drr.render import render
 from radrotator.geometry import CArm
-from radrotator.pairs import unit_range
-from radrotator.phantom import BoneAtlas, phantom
-from radrotator.radiograph import Radiograph, read_radiograph, to_unit
+from radrotator.batch import unit_range
+from radrotator.phantom.atlas import BoneAtlas
+from radrotator.phantom.phantom import phantom
+from radrotator.radiograph.image import Radiograph, to_unit
+from radrotator.radiograph.read import read_radiograph
 from radrotator.rotate.novelty import novelty_score, shrink_radiograph
 from radrotator.rotate.rotator import RadRotator
 

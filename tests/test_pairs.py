@@ -1,6 +1,6 @@
 """DRR sets and pairs under rough treatment: killed anywhere, two jobs at once, a full disk, files changed behind our back, a thousand sets, volumes that come and go for days."""
 import gc, json, os, pickle, random, resource, shutil, signal, subprocess, sys, threading, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +8,26 @@ import pytest
 import torch
 
 from radrotator.core import RadRotatorError, sha256, shared_data
-from radrotator.ct import CT, write_ct
-from radrotator.drr import Renderer
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.volume import CT
+from radrotator.drr.render import Renderer
 from radrotator.geometry import CArm
-from radrotator.pairs import FOLDS, Job, OnTheFlyPairs, PairDataset, SetPlan, ct_jobs, ct_sets, draw_poses, read_folds, read_set, sets_in, write_manifest, write_set
+from radrotator.pairs.protocol import draw_poses
+from radrotator.pairs.folds import FOLDS, read_folds
+from radrotator.pairs.plan import Job, SetPlan
+from radrotator.pairs.sources import ct_jobs
+from radrotator.pairs.sets import read_set, sets_in, write_manifest, write_set
+from radrotator.pairs.jobs import ct_sets
+from radrotator.pairs.dataset import PairDataset, SlabDataset
+from radrotator.pairs.live import OnTheFlyPairs
 
 ROOT = Path(__file__).parents[1]
 PLAN = SetPlan(drrs=41, size=32, fov=(200, 220))
+WITH_SLABS = replace(PLAN, drrs=5, slabs=4, canvas=40, slab_views=2)
 CHILD = """
 import json, os, signal, sys
-from radrotator.pairs import SetPlan, ct_sets
+from radrotator.pairs.plan import SetPlan
+from radrotator.pairs.jobs import ct_sets
 WRITES = os.O_WRONLY | os.O_RDWR
 def die_at(deadly, sets):
     "Count whenever a file of the sets is about to be opened for writing, renamed, removed or changed; at the deadly count, die."
@@ -28,9 +38,10 @@ def die_at(deadly, sets):
             count += str(about[0]).startswith(sets)
             if count == deadly: os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(watch)
-def run(cts, sets, shard, workers, deadly):
+def run(cts, sets, shard, workers, deadly, slabs=False):
     if deadly: die_at(deadly, sets)
-    ct_sets(cts, sets, SetPlan(drrs=41, size=32, fov=(200, 220)), shard, workers)
+    with_slabs = dict(drrs=5, slabs=4, canvas=40, slab_views=2) if slabs else {}
+    ct_sets(cts, sets, SetPlan(**dict(drrs=41, size=32, fov=(200, 220)) | with_slabs), shard, workers)
 if __name__ == "__main__":
     if len(sys.argv) > 1: run(*json.loads(sys.argv[1]))
     else:  # those of a line at once, each in a process of its own; forked, since to import torch takes longer than all the rest
@@ -81,16 +92,27 @@ def child(folder, *words, **pipes):
                             env=os.environ | dict(NUMBA_NUM_THREADS="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
 
 
-def test_killed_at_any_file_it_neither_loses_nor_repeats_a_drr(cts, whole, tmp_path):
+@pytest.fixture(scope="module")
+def whole_with_slabs(cts, tmp_path_factory):
+    "The same of sets that hold slabs"
+    folder = tmp_path_factory.mktemp("whole")
+    assert [row["status"] for row in ct_sets(cts, folder, WITH_SLABS)] == ["made"]*6 + ["refused"]
+    return hashes(folder)
+
+
+@pytest.mark.parametrize("slabs", [False, True], ids=["views", "slabs"])
+def test_killed_at_any_file_it_neither_loses_nor_repeats_a_drr(slabs, cts, whole, whole_with_slabs, tmp_path):
+    whole = whole_with_slabs if slabs else whole
     sets, draw, deaths, code = tmp_path/"sets", random.Random(7), 0, None
     with child(tmp_path, stdin=subprocess.PIPE) as runs:
         while code != 0:
             before = stamps(sets)
-            print(json.dumps([[str(cts), str(sets), (1, 1), 1, draw.randint(1, 25)]]), file=runs.stdin, flush=True)
+            deadly = draw.randint(1, 60 if slabs else 25)
+            print(json.dumps([[str(cts), str(sets), (1, 1), 1, deadly, slabs]]), file=runs.stdin, flush=True)
             code = int(runs.stdout.readline())
             assert code in (0, -signal.SIGKILL)
             assert {name: stamp for name, stamp in stamps(sets).items() if name in before} == before  # what was whole is not made again
-            assert all(whole[f"{path.name}/drr.npy"] == sha256(path/"drr.npy") for path in sets_in(sets))  # what is marked whole is
+            assert all(whole[f"{path.name}/{file.name}"] == sha256(file) for path in sets_in(sets) for file in path.glob("*.npy"))  # what is marked whole is
             deaths += code != 0
         runs.stdin.close()
     assert deaths >= 6 and hashes(sets) == whole  # and nothing half-written is left
@@ -140,7 +162,8 @@ def test_a_full_disk_is_said_in_one_sentence(cts, whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(RadRotatorError, match="cannot write DRRs to .*File too large.*what is done stays"): ct_sets(cts, tmp_path, PLAN)
+        with pytest.raises(RadRotatorError, match="File too large") as error: ct_sets(cts, tmp_path, PLAN)
+        assert error.value.code == "CANNOT_WRITE"
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not sets_in(tmp_path) and not list(tmp_path.rglob(".*"))
     ct_sets(cts, tmp_path, PLAN)
@@ -165,11 +188,23 @@ def test_what_was_changed_behind_our_back_is_made_again(cts, whole, tmp_path):
     assert [now[f"ct{i}/drr.npy"] == whole[f"ct{i}/drr.npy"] for i in range(5)] == [True, True, True, False, True]
 
 
+def test_sets_of_before_they_could_hold_slabs_are_still_whole(cts, tmp_path):
+    "Their manifests do not say how many pictures have slabs"
+    plan = dict(drrs=41, size=32, fov=[200, 220], oversample=1, one_axis=0.0, seed=0, physics=None, engine="siddon", slabs=0, canvas=0,
+                slab_fov=[250, 400], shift=30.0, echo=4, centre="picture")
+    ct_sets(cts, tmp_path, PLAN)
+    for path in sets_in(tmp_path):
+        manifest = json.loads((path/"manifest.json").read_text())
+        assert manifest["plan"] == plan and "slabs" not in manifest and manifest["format"] == 2
+    assert {row["status"] for row in ct_sets(cts, tmp_path, PLAN)} == {"kept", "refused"}
+    assert len(PairDataset(tmp_path, FOLDS).sets) == 6
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 2, "bytes": 0}', "\x00", '{"format": 1, "poses": [[0, 0, 0]]}'])
 def test_a_manifest_that_is_none_is_refused(text, tmp_path):
     (tmp_path/"manifest.json").write_text(text)
     (tmp_path/"drr.npy").touch()
-    with pytest.raises(RadRotatorError, match="not a whole DRR set"): read_set(tmp_path)
+    assert error_code(lambda: read_set(tmp_path)) == "DAMAGED_SET"
 
 
 def test_a_patient_keeps_one_fold(tmp_path, cts):
@@ -183,8 +218,7 @@ def test_a_patient_keeps_one_fold(tmp_path, cts):
     assert [(row["fold"], row["status"], row["reason"]) for row in rows] == [(7, "made", ""), (7, "made", ""), (None, "refused", "NO_FOLD")]
     manifest = json.loads((tmp_path/"sets"/"0123abcd-00000002"/"manifest.json").read_text())
     write_manifest(tmp_path/"sets"/"0123abcd-00000002", manifest | dict(fold=1))
-    for folds in ((7,), (1, 2, 3, 4, 5)):
-        with pytest.raises(RadRotatorError, match="one patient lies in two folds"): PairDataset(sets_in(tmp_path/"sets"), folds)
+    for folds in ((7,), (1, 2, 3, 4, 5)): assert error_code(lambda: PairDataset(sets_in(tmp_path/"sets"), folds)) == "SPLIT_PATIENT"
 
 
 POSES = draw_poses(0).tolist()
@@ -283,6 +317,31 @@ def test_a_set_damaged_while_it_is_drawn_from_changes_nothing_else(damage, eight
     assert list(PairDataset(sets).quarantined) == (["v03"] if damage in ("cut", "longer", "gone", "folder") else [])     # what a look at the file shows
 
 
+SPOILT = dict(cut=lambda folder: os.truncate(folder/"slabs.npy", 9_000), gone=lambda folder: (folder/"dense.npy").unlink(), short=lambda folder: os.truncate(folder/"valid.npy", 200),
+              nan=lambda folder: fill(folder/"slabs.npy", np.nan), black=lambda folder: fill(folder/"slabs.npy", 0), infinite=lambda folder: fill(folder/"dense.npy", np.inf))
+
+
+def fill(path, value):
+    images = np.load(path, mmap_mode="r+"); images[:] = value; images.flush()
+
+
+@pytest.mark.parametrize("damage", SPOILT)
+def test_slabs_damaged_while_they_are_drawn_from_change_nothing_else(damage, cts, tmp_path):
+    ct_sets(cts, tmp_path, WITH_SLABS)
+    data, tensors_of = SlabDataset(tmp_path, FOLDS), lambda batch: (batch.slabs, batch.dense, batch.valid, batch.fov)
+    before = [data.batch(1, step, 8) for step in range(3)]
+    SPOILT[damage](tmp_path/"ct3")
+    after = [data.batch(1, step, 8) for step in range(3)]
+    for feed in (SlabDataset(tmp_path, FOLDS), pickle.loads(pickle.dumps(data))):
+        for step, batch in reversed([*enumerate(after)]):
+            parts = [feed.batch(1, step, size, start) for size, start in ((3, 0), (5, 3))]
+            assert all(torch.equal(whole, torch.cat(halves)) for whole, halves in zip(tensors_of(batch), zip(*map(tensors_of, parts))))
+    assert {name for batch in after for name, _ in batch.quarantined} == {"ct3"} and all(batch.slabs.isfinite().all() for batch in after)
+    changed = [torch.equal(a.slabs[i], b.slabs[i]) for a, b in zip(before, after) for i in range(8)].count(False)
+    assert 1 <= changed <= 12                                                                                  # of 24 pictures, about a sixth
+    assert not PairDataset(tmp_path, FOLDS).quarantined                                                        # pairs do not need slabs
+
+
 def test_a_set_without_a_manifest_has_no_fold_and_is_named(eight, tmp_path):
     sets = shutil.copytree(eight, tmp_path/"sets")
     (sets/"v03"/"manifest.json").write_text("{")
@@ -291,7 +350,8 @@ def test_a_set_without_a_manifest_has_no_fold_and_is_named(eight, tmp_path):
     shutil.rmtree(sets/"v03")
     assert same(PairDataset(sets).batch(0, 0, 32), data.batch(0, 0, 32))
     for path in sets.glob("*/manifest.json"): path.write_text("{}")
-    with pytest.raises(RadRotatorError, match=r"no undamaged DRR set is left of folds 1, 2, 3, 4, 5 \(7 damaged\); the first: .*v00 is not a whole DRR set"): PairDataset(sets)
+    with pytest.raises(RadRotatorError, match=r"1, 2, 3, 4, 5.*\(7 damaged\).*v00") as error: PairDataset(sets)
+    assert error.value.code == "ALL_DAMAGED"
 
 
 def test_a_file_cut_short_during_a_read_is_an_error_and_not_the_end(eight, tmp_path):
@@ -303,7 +363,7 @@ def test_a_file_cut_short_during_a_read_is_an_error_and_not_the_end(eight, tmp_p
     thread = threading.Thread(target=cut_and_mend); thread.start()
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        try: drrs.look([0, 20, 19])
+        try: drrs.read_images([0, 20, 19])
         except RadRotatorError: refused += 1
     done.set(); thread.join()
     assert refused
@@ -314,12 +374,12 @@ def test_processes_of_the_background_give_what_a_thread_gives_killed_or_not(cts)
     thread, two = (OnTheFlyPairs(jobs, PLAN, held=2, refresh=1, workers=workers) for workers in (0, 2))
     expected = [thread.batch(0, step, 6) for step in range(16)]
     for step in range(8): assert same(two.batch(0, step, 6), expected[step])
-    before = [process for process, _ in two.ahead.processes.values()]
+    before = [process for process, _ in two.prefetcher.processes.values()]
     before[0].kill()
     for step in (*range(8, 16), 3): assert same(two.batch(0, step, 6), expected[step])
     assert list(two.refused) == list(thread.refused) == ["slab.nii.gz"] and len(before) == 2
     two.close(); thread.close()
-    for process in {*before, *(process for process, _ in two.ahead.processes.values())}: process.join(20); assert not process.is_alive()
+    for process in {*before, *(process for process, _ in two.prefetcher.processes.values())}: process.join(20); assert not process.is_alive()
 
 
 FATAL = """
@@ -328,11 +388,12 @@ sys.path.insert(0, os.getcwd())
 from dataclasses import dataclass
 import numpy as np
 from radrotator.core import RadRotatorError
-from radrotator.ct import CT
-from radrotator.pairs import Job, OnTheFlyPairs, SetPlan
+from radrotator.ct.volume import CT
+from radrotator.pairs.live import OnTheFlyPairs
+from radrotator.pairs.plan import Job, SetPlan
 @dataclass(frozen=True, kw_only=True)
 class Plan(SetPlan):
-    def ct(self, job):
+    def load_ct(self, job):
         if job.name == "deadly":
             if multiprocessing.parent_process(): os._exit(9)
             raise RadRotatorError("not in a thread")
@@ -343,7 +404,7 @@ if __name__ == "__main__":
     thread, one = (OnTheFlyPairs([job("one"), job("three"), job("deadly")], plan, held=1, refresh=1, workers=workers) for workers in (0, 1))
     for step in range(4): print((thread.batch(0, step, 4).target == one.batch(0, step, 4).target).all().item())
     print(thread.refused, one.refused)
-    for feed in (one, thread): feed.ahead.submit(job("slow"))
+    for feed in (one, thread): feed.prefetcher.submit(job("slow"))
     time.sleep(1)
     print("done", flush=True)
 """

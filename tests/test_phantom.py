@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from radrotator.core import RadRotatorError, shared_data
-from radrotator.phantom import (BONES, FEMORA, LABELS, PATIENTS, BoneAtlas, load_surfaces, member, patient_folds, phantom,
-                                population, skeleton)
+from radrotator.phantom.atlas import BoneAtlas, load_surfaces
+from radrotator.phantom.pelvis import BONES, FEMORA
+from radrotator.phantom.phantom import member, phantom, population
+from radrotator.phantom.skeleton import skeleton
+from radrotator.phantom.solids import LABELS
+from radrotator.phantom.surfaces import PATIENTS, patient_folds
 
 FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
 
@@ -143,7 +147,7 @@ def test_both_hips_replaced():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_ray_shows_where_the_volume_ends(seed):
-    from radrotator.drr import truncated
+    from radrotator.drr.frame import truncated
     from radrotator.geometry import CArm
     corners = np.array(np.meshgrid([-15, 15], [-15, 15], [-15, 15])).reshape(3, -1).T
     assert not truncated(phantom(seed, 6.0, soft=True), corners, CArm(size=24, fov=320)).any()

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from radrotator.cli import main
-from radrotator.ct import CT, write_ct
+from radrotator.ct.nifti import write_ct
+from radrotator.ct.volume import CT
 from radrotator.geometry import CArm
-from radrotator.pairs import draw_poses, write_set
+from radrotator.pairs.protocol import draw_poses
+from radrotator.pairs.sets import write_set
 from radrotator.train.trainer import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
 from radrotator.model.weights import load_weights
 
@@ -433,6 +435,18 @@ def test_what_cannot_be_watched(what, sentence, server, bodies, tmp_path):
     assert code == 2 and sentence in err and "Traceback" not in err
 
 
+def test_slabs_read_from_sets_are_trained_on_and_resumed_to_the_bit(server, bodies, tmp_path):
+    "Rendered by the command, read by none and by two processes"
+    sets, whole, run = tmp_path/"sets", tmp_path/"whole", tmp_path/"run"
+    assert server("pairs", bodies, "-o", sets, "--drrs", 3, "--size", 32, "--fov", 160, "--slabs", 8, "--device", "cpu")[::2] == (0, "")
+    given = [word for key, value in LIFTING.items() if not key.startswith(("data.", "held", "refresh")) for word in ("--set", f"{key}={value}")]
+    words = lambda run, workers: ("train", "--data", sets, "--preset", "tiny", "-o", run, "--device", "cpu", "--workers", workers, "--resume", "--steps", 6, *given)
+    assert server(*words(whole, 0))[::2] == (0, "")
+    assert server(*words(run, 2), at=(str(run), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
+    assert server(*words(run, 2))[::2] == (0, "")
+    assert same(run, whole) and losses(run) == losses(whole) and "depth_error" in load_weights(run/"weights.safetensors")[1]
+
+
 @pytest.mark.parametrize("early", [0, 0.5])
 def test_two_processes_lift_as_one_does(early, server, bodies, lifted, tmp_path):
     "Also where some of what is trained is not asked for in every pass, and the first steps know the patients of both"
@@ -490,7 +504,7 @@ def test_a_set_damaged_before_is_counted_and_told_once(server, untold, plain, tm
     assert server(*words[1], at=(str(runs[1]), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
     for each in words:
         code, _, err = server(*each)
-        assert code == 0; sentence(err, "v1 is not a whole DRR set.*training goes on without it")
+        assert code == 0; sentence(err, "v1: it is not a whole DRR set.*training goes on without it")
     assert same(*runs) and [row["quarantined"] for row in read_log(runs[0])] == [1]*4
     assert losses(runs[0]) == losses(runs[1]) and not torch.equal(tensors(runs[0])["network.out.2.weight"], tensors(plain)["network.out.2.weight"])
 
@@ -498,7 +512,7 @@ def test_a_set_damaged_before_is_counted_and_told_once(server, untold, plain, tm
 def test_a_set_damaged_while_it_runs(server, untold, plain, tmp_path):
     mine, run = shutil.copytree(untold, tmp_path/"sets"), tmp_path/"run"
     code, _, err = server(*command(mine, run, "--steps", 20, every=1), at=(str(run), "open /log", 7, "cut", str(mine/"v2"/"drr.npy"), 3_000))
-    assert code == 0; sentence(err, "v2 is not a whole DRR set.*training goes on without it")
+    assert code == 0; sentence(err, "v2: it is not a whole DRR set.*training goes on without it")
     assert losses(run)[:6] == losses(plain)[:6] and np.isfinite(losses(run)).all() and len(losses(run)) == 20
     counted = [row["quarantined"] for row in read_log(run)]
     assert counted == sorted(counted) and set(counted[:6]) == {0} and counted[-1] == 1

@@ -39,6 +39,8 @@ def installed(wheel, tmp_path_factory):
 def test_wheel_holds_the_package_and_its_weights(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(n.startswith("radrotator/weights/") and n.endswith(".safetensors") for n in names)
+    templates = {f"radrotator/templates/{path.name}" for path in (ROOT/"radrotator"/"templates").iterdir()}
+    assert templates and templates <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"radrotator"}
 
 
@@ -51,6 +53,11 @@ def test_installed_wheel_rotates_an_image(installed):
     before, after = (np.asarray(Image.open(folder/f"{name}.png").convert("F")) for name in ("in", "out"))
     assert after.shape == before.shape
     assert not np.allclose(after/max(after.max(), 1), before/max(before.max(), 1), atol=0.01)
+
+
+def test_installed_wheel_writes_a_page(installed):
+    write = "from radrotator.html import render_page; print(render_page('overview.html', overview=[], bins=['0–2']))"
+    assert "<th>0–2°</th>" in installed[0](sys.executable, "-c", write)
 
 
 def test_installed_wheel_has_the_command(installed):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/02_drawn.ipynb #bf835226
+# %% ../../nbs/31_rotate/02_drawn.ipynb #5b9a1613
 from collections.abc import Callable, Iterator
 
 import numpy as np, torch
 
 from ..core import RadRotatorError
 from ..model.sample import SOLVERS, fixed_noise, guided, time_steps
-from ..radiograph import Radiograph, restore
+from ..radiograph.image import Radiograph, restore
 from .lifted import strip_error
 from .sampling import Sampling
 from ..tone import from_signed, kumaraswamy, match_histogram, through_curve, to_signed

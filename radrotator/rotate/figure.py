@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['montage']
 
-# %% ../../nbs/31_rotate/07_figure.ipynb #aed8adf9
+# %% ../../nbs/31_rotate/07_figure.ipynb #d6ae04b9
 from itertools import zip_longest
 
-from ..radiograph import Radiograph
+from ..radiograph.image import Radiograph
 from .rotator import as_radiograph
 
 # %% ../../nbs/31_rotate/07_figure.ipynb #d5ff7bb7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/05_frames.ipynb #102cd8af
+# %% ../../nbs/31_rotate/05_frames.ipynb #73d6468d
 import contextlib, csv, hashlib, json, os, re
 from collections.abc import Callable
 from itertools import islice
@@ -15,7 +15,8 @@ import numpy as np, torch
 
 from .. import __version__
 from ..core import RadRotatorError, atomic_file, check_output, folder_lock
-from ..radiograph import TITLE, Radiograph, burn_mark, write_picture
+from ..radiograph.image import Radiograph
+from ..radiograph.write import TITLE, burn_mark, write_picture
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #ce6309b1
 HALF_WRITTEN = r"\..*"                                                # temporary files

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/01_lifted.ipynb #5a05d139
+# %% ../../nbs/31_rotate/01_lifted.ipynb #e0fd3062
 from collections.abc import Iterator
 
 import numpy as np, torch
@@ -15,7 +15,7 @@ from ..core import RadRotatorError
 from ..model.heads import Lifted, lift_picture, turn_lifted
 from ..model.lift import Lift, sample_shares
 from ..model.sample import SOLVERS
-from ..radiograph import Radiograph, resize
+from ..radiograph.image import Radiograph, resize
 from .sampling import Sampling
 from ..tone import ToneCurve
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/03_novelty.ipynb #f53597b7
+# %% ../../nbs/31_rotate/03_novelty.ipynb #12c48d5c
 import base64
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import rankdata
 
 from ..core import RadRotatorError
-from ..radiograph import Radiograph, resize
+from ..radiograph.image import Radiograph, resize
 
 # %% ../../nbs/31_rotate/03_novelty.ipynb #f60eb4a1
 SIDE = 64       # pixels of the picture that is looked at

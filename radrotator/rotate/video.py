@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/04_video.ipynb #74c3b63c
+# %% ../../nbs/31_rotate/04_video.ipynb #27b09a42
 import contextlib, subprocess, warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 
 from ..core import RadRotatorError, RadRotatorWarning
-from ..radiograph import TITLE, Radiograph, resize
+from ..radiograph.image import Radiograph, resize
+from ..radiograph.write import TITLE
 
 # %% ../../nbs/31_rotate/04_video.ipynb #b463890d
 LONGEST = 1080  # pixels on the long side of a film

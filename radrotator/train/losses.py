@@ -17,7 +17,7 @@ from ..core import RadRotatorError
 from ..model.diffusion import LAST, add_noise
 from ..geometry import LIMIT, REACH, CArm, look_up, slab_depths
 from ..model.lift import crop_middle, Lift, LiftConfig, cumulative, layers
-from ..pairs import SlabBatch
+from ..batch import SlabBatch
 from ..tone import quantile_knots
 from .histogram import match_ranks, noise_values
 from .transforms import random_rectangles

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['draw_training_pictures']
 
-# %% ../../nbs/21_train/04_novelty.ipynb #8bda026f
+# %% ../../nbs/21_train/04_novelty.ipynb #a796b2c1
 from dataclasses import replace
 
 import numpy as np, torch
 
 from ..core import rng
-from ..pairs import Pairs
+from ..batch import Feed
 from ..tone import from_signed
 from .losses import LiftingConfig, ask
 from .transforms import TransformConfig, training_transforms
@@ -23,7 +23,7 @@ def _stream(seed, step):
 
 # %% ../../nbs/21_train/04_novelty.ipynb #538fc960
 def draw_training_pictures(
-    data: Pairs,                             # pairs or slabs of the patients that are trained on, or of others
+    data: Feed,                              # pairs or slabs of the patients that are trained on, or of others
     recipe: TransformConfig | LiftingConfig, # of the training
     steps: int,                              # how many batches are drawn
     each: int = 6,                           # pictures in a batch

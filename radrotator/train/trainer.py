@@ -8,11 +8,11 @@ __all__ = ['GRAIN', 'PRECISIONS', 'OPTIMIZERS', 'PRESETS', 'LEFTOVERS', 'FREE', 
            'questions', 'joined', 'loss_of', 'exam', 'one_step', 'examine', 'feed', 'readers', 'write_checkpoint',
            'read_checkpoint', 'checkpoints', 'newest', 'tidy', 'Machine', 'keep_memory', 'join', 'add_in_order',
            'share_of', 'Trainer', 'check_same', 'initial', 'read_log', 'Log', 'Comparison', 'view_sheet',
-           'lifting_sheet', 'StopAsked', 'chosen_by', 'from_sets', 'feed_plan', 'from_jobs', 'to_watch', 'page',
-           'image_tag', 'table_tag', 'curves', 'report']
+           'lifting_sheet', 'StopAsked', 'chosen_by', 'from_sets', 'feed_plan', 'from_jobs', 'to_watch', 'curves',
+           'report']
 
 # %% ../../nbs/21_train/03_trainer.ipynb #355d9bfb
-import base64, csv, ctypes, html, io, json, math, os, shutil, signal, threading, time, typing, warnings
+import csv, ctypes, json, math, os, shutil, signal, threading, time, typing, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -27,13 +27,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import __version__
 from ..core import RadRotatorError, RadRotatorWarning, folder_lock, signals_blocked, atomic_folder, detach_from_group, rng, sha256, atomic_file
-from ..ct import stem_of
+from ..ct.nifti import stem_of
 from ..model.diffusion import LAST, STEPS, WEIGHTINGS, add_noise, variance_loss, velocity, velocity_loss
 from ..geometry import AXES
+from ..html import render_page
 from ..model.lift import Lift, LiftConfig
 from .losses import LiftingConfig, LiftQuestion, ask, lifting_loss, population_logits, tone_bank, view_skill
-from ..pairs import (VALIDATE, Batch, Job, OnTheFlyPairs, OnTheFlySlabs, PairDataset, Pairs, SetPlan, SlabBatch, cts_in,
-                              patient_of, read_manifest, sets_in)
+from ..batch import Batch, Feed, SlabBatch
+from ..pairs.dataset import PairDataset, SlabDataset
+from ..pairs.folds import VALIDATE
+from ..pairs.live import OnTheFlyPairs, OnTheFlySlabs
+from ..pairs.plan import Job, SetPlan
+from ..pairs.sets import read_manifest, sets_in
+from ..pairs.sources import cts_in, patient_of
 from .transforms import TransformConfig, training_transforms
 from ..tone import from_signed
 from ..model.unet import UNet, UNetConfig
@@ -274,7 +280,7 @@ def loss_of(
 
 # %% ../../nbs/21_train/03_trainer.ipynb #0fd837c4
 def exam(
-    data: Pairs,          # of the validation fold
+    data: Feed,           # of the validation fold
     config: TrainConfig,  # of the run
     device,               # where to compute
 ) -> list[Question]:      # the same in every run with the same data
@@ -325,7 +331,7 @@ class _Shares(Dataset):
 
 # %% ../../nbs/21_train/03_trainer.ipynb #f728d5d3
 def feed(
-    data: Pairs,         # to draw from
+    data: Feed,          # to draw from
     seed: int,           # of the run
     steps: range,        # for which steps
     share: range,        # which pairs of each step
@@ -438,7 +444,7 @@ def keep_memory():
 
 # %% ../../nbs/21_train/03_trainer.ipynb #71489960
 def join(
-    device: str = "cpu",  # as from `rotate.rotator.pick_device`
+    device: str = "cpu",  # as from `rotate.pick_device`
 ):                        # `accelerate.Accelerator`
     "Join the other processes of a distributed run, or be alone."
     from accelerate import Accelerator
@@ -470,12 +476,12 @@ class Trainer:
     def __init__(self,
         folder: str | Path,              # of the run
         config: TrainConfig,             # what to do
-        data: Pairs,                     # pairs to train on
-        validation: Pairs | None,        # pairs of fold 6
+        data: Feed,                      # pairs to train on
+        validation: Feed | None,         # pairs of fold 6
         machine: Machine = Machine(),    # how to compute
         accelerator=None,                # from `join`; None: a single process on the CPU
         about: dict | None = None,       # provenance to write into the weights: command, data, commit
-        watched: Pairs | None = None,    # of CTs that help to choose the best weights and are never learned from
+        watched: Feed | None = None,     # of CTs that help to choose the best weights and are never learned from
     ):
         self.folder, self.config, self.data, self.machine, self.about = Path(folder), config, data, machine, about or {}
         self.accelerator = accelerator or join()
@@ -925,20 +931,36 @@ def fit(self: Trainer,
             ready = time.monotonic()
     return end or "steps"
 
+# %% ../../nbs/21_train/03_trainer.ipynb #5a1b0c01
+def _check_shape(
+    data,                 # `PairDataset` or `SlabDataset`
+    folder: str | Path,   # of the DRR sets, for the message
+    config: TrainConfig,  # of the run
+):
+    "Refuse sets whose pictures, or slabs, have not the size that the network takes."
+    size, wanted, lift = data.sets[0].manifest["carm"]["size"], config.shape.size, config.lift
+    if size != wanted:
+        raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose "
+                              f"another preset, set {'lift' if lift else 'unet'}.size={size}, or render with --size {wanted}")
+    if not lift or data.shape == (lift.slabs, lift.canvas, size): return
+    slabs, canvas, _ = data.shape
+    raise RadRotatorError(f"cannot learn depth from the DRR sets in {folder}: they hold {slabs} slabs on {canvas}², and the "
+                          f"network takes {lift.slabs} on {lift.canvas}². Set lift.slabs={slabs} and lift.canvas={canvas}, "
+                          f"or render with --slabs {lift.slabs}.", "OTHER_SLABS")
+
 # %% ../../nbs/21_train/03_trainer.ipynb #945287d4
 def from_sets(
     folder: str | Path,   # of DRR sets
     config: TrainConfig,  # of the run
-) -> tuple:               # pairs of folds 1 to 5; pairs of fold 6, or None where there is none
+) -> tuple:               # pairs, or slabs, of folds 1 to 5; of fold 6, or None where there is none
     "Feeds that read DRR sets."
     if (Path(folder)/"manifest.json").exists(): raise RadRotatorError(f"{folder} is one DRR set; give the folder that holds it and others")
     if not sets_in(folder): raise RadRotatorError(f"{folder} holds no DRR set; give the folder that radrotator pairs wrote" + (", or train on these CTs with --cts" if any(Path(folder).glob("*.nii*")) else ""))
-    if config.lift: raise RadRotatorError("cannot learn depth from DRR sets: they hold views, and no slabs. Train on the CTs themselves, with --cts, or choose --preset paper.")
-    data, examined = PairDataset(folder), any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
-    size = data.sets[0].manifest["carm"]["size"]
-    wanted = config.shape.size
-    if size != wanted: raise RadRotatorError(f"the DRR sets in {folder} have {size}² pixels, and the network is one for {wanted}²; choose another preset, set unet.size={size}, or render with --size {wanted}")
-    return data, PairDataset(folder, folds=VALIDATE) if examined else None
+    reader = SlabDataset if config.lift else PairDataset
+    data = reader(folder)
+    _check_shape(data, folder, config)
+    examined = any((read_manifest(path) or {}).get("fold") in VALIDATE for path in sets_in(folder))
+    return data, reader(folder, folds=VALIDATE) if examined else None
 
 # %% ../../nbs/21_train/03_trainer.ipynb #dcbe59bc
 def feed_plan(
@@ -971,39 +993,13 @@ def to_watch(
     plan: SetPlan,        # as the run's; of a `PhantomPlan` that part which is not about phantoms
     config: TrainConfig,  # of the run
     device: str = "cpu",  # where to render
-) -> Pairs:               # for `Trainer`
+) -> Feed:                # for `Trainer`
     "Open CTs that are looked at while training and never learned from."
     if not Path(path).exists(): raise RadRotatorError(f"cannot watch {path}: it is not there. Give a CT, or a folder of CTs.")
     files = cts_in(path) if Path(path).is_dir() else {stem_of(path): Path(path)}
     jobs = [Job(name, patient_of(name), VALIDATE[0], file) for name, file in files.items()]
     plan = feed_plan(SetPlan(**{field.name: getattr(plan, field.name) for field in fields(SetPlan)}), config, device)
     return (OnTheFlySlabs if config.lift else OnTheFlyPairs)(jobs, plan, folds=VALIDATE, held=len(jobs))
-
-# %% ../../nbs/21_train/03_trainer.ipynb #e7ae3d3b
-def page(
-    title: str,    # of the page
-    parts: list,   # HTML, one after the other
-) -> str:          # a whole HTML document
-    "An HTML page that stands alone."
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}table{border-collapse:collapse;font-size:13px}td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}h1,h2{font-weight:600}"
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{style}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-# %% ../../nbs/21_train/03_trainer.ipynb #87b723e0
-def image_tag(
-    png: bytes,  # of a picture
-    words: str,  # what it shows
-) -> str:        # HTML
-    "A picture inside the page."
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-# %% ../../nbs/21_train/03_trainer.ipynb #5025c1dc
-def table_tag(
-    entries: dict,  # name → value; values may be such dicts
-    path: str = "", # of the names
-) -> str:           # rows of an HTML table
-    "Names and values, flattened."
-    row = lambda name, value: table_tag(value, f"{name}.") if isinstance(value, dict) else f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
-    return "".join(row(path + name, value) for name, value in entries.items())
 
 # %% ../../nbs/21_train/03_trainer.ipynb #9b031210
 def curves(
@@ -1032,8 +1028,7 @@ def report(
     weights = folder/"weights.safetensors"
     asked = json.loads((folder/"run.json").read_text()) if (folder/"run.json").exists() else {}
     about = load_weights(weights)[1] if weights.exists() else dict(training=asked.get("config", {}))
-    last, examined, drawn = rows[-1], [row for row in rows if "validation" in row], io.BytesIO()
-    curves(rows).savefig(drawn, format="png")
+    last, examined = rows[-1], [row for row in rows if "validation" in row]
     best = min(examined, key=chosen_by, default=None)
     words = f"Step {last['step']:,.0f}, {last['pairs']:,.0f} pairs, {last['seconds']/3600:.2f} hours; {last['quarantined']:.0f} sets set aside as damaged; newest checkpoint: {found[-1].name if found else 'none'}."
     if best:
@@ -1043,6 +1038,6 @@ def report(
         if "watched" in best: words += f" On the watched CTs its skill is {best['watched_skill']:.3f}."
     pictures = sorted((folder/"pictures").glob("*.png"))
     shown = [pictures[0], *([pictures[-1]] if len(pictures) > 1 else [])] if pictures else []
-    return page(f"Training run {folder.resolve().name}", [f"<p>{words}</p>", image_tag(drawn.getvalue(), "curves"),
-        *(f"<h2>Views at step {int(path.stem):,}</h2>" + image_tag(path.read_bytes(), f"views at step {int(path.stem)}") for path in reversed(shown)),
-        "<h2>Configuration and provenance</h2><table>" + table_tag(about) + "</table>"])
+    views = [(int(path.stem), path.read_bytes()) for path in reversed(shown)]
+    return render_page("run.html", title=f"Training run {folder.resolve().name}", words=words, curves=curves(rows),
+                       views=views, about=about)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..pairs import Batch
+from ..batch import Batch
 from ..tone import to_signed
 from .histogram import rand_histogram_shift
 
