@@ -34,7 +34,7 @@ def _read_checkpoint(path):
         foreign = sorted(name for name in named if not name.startswith("omegaconf.") and name not in _HUSKS)
         if foreign:
             raise RadRotatorError(f"cannot read {path}: it holds objects of {foreign[0]}, which could run code. "
-                                  "Where you trust it, save its state_dict and ema_state_dict alone.", "FOREIGN_OBJECTS")
+                                  "Where you trust it, save only its state_dict and ema_state_dict.", "FOREIGN_OBJECTS")
         husks = [(type("Husk", (_Husk,), {}), name) for name in named]
         with torch.serialization.safe_globals(husks):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
