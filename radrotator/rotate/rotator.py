@@ -39,7 +39,7 @@ def pick_device(
     "Find the device that is meant, or refuse."
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        sentence = f"cannot compute on {device!r}: there is no such device. Please choose auto, cpu or cuda."
+        sentence = f"cannot compute on {device!r}: there is no such device. Choose auto, cpu or cuda."
         raise RadRotatorError(sentence, "NO_DEVICE")
     if device.startswith("cuda") and not torch.cuda.is_available():
         sentence = f"cannot compute on {device}: PyTorch finds no CUDA GPU here. Choose auto or cpu."
