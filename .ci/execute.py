@@ -2,7 +2,7 @@
 
     python .ci/execute.py                               every notebook
     python .ci/execute.py nbs/12_drr/05_render.ipynb              these notebooks
-    python .ci/execute.py --flags slow nbs/21_train/03_trainer.ipynb    with the cells marked `#| slow`, too
+    python .ci/execute.py --flags slow nbs/21_train/09_trainer.ipynb    with the cells marked `#| slow`, too
 
 Tests do not store outputs and the documentation does not execute, so without this the figures would go stale.
 A cell that is left out (`#| eval: false`, or a flag among `tst_flags`) keeps the outputs it has. A notebook that

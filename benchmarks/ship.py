@@ -17,15 +17,15 @@ from radrotator.evaluate.judge import judge
 from radrotator.evaluate.patients import atlas_patients, ct_patients
 from radrotator.evaluate.protocol import Protocol
 from radrotator.evaluate.report import save_release, write_report
+from radrotator.train.losses import LiftingConfig
 from radrotator.pairs.folds import TRAIN, VALIDATE
 from radrotator.pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.radiograph.image import Radiograph
 from radrotator.rotate.novelty import fit_novelty_model
 from radrotator.rotate.rotator import RadRotator
-from radrotator.train.losses import LiftingConfig
 from radrotator.train.novelty import draw_training_pictures
-from radrotator.train.trainer import with_settings
+from radrotator.train.config import with_settings
 from radrotator.train.transforms import TransformConfig
 
 SHIPPED = "patients", "headline", "styles", "depth"  # figures that the weights file carries
@@ -35,8 +35,7 @@ def draw_pictures(model, plan, folds, steps):
     "Draw pictures as training does; of a lifting network's slabs one is enough, because their sum is seen"
     feed, refresh = (OnTheFlySlabs, plan.echo) if model.lifts else (OnTheFlyPairs, 1)
     data = feed(phantom_jobs(plan), plan, folds=folds, held=1, refresh=refresh)
-    trained = model.about.get("training", {}).get("transforms", {})
-    recipe = LiftingConfig() if model.lifts else TransformConfig(**trained)
+    recipe = LiftingConfig() if model.lifts else TransformConfig(**model.about.get("training", {}).get("transforms", {}))
     pictures = draw_training_pictures(data, recipe, steps)
     data.close()
     return pictures
@@ -44,7 +43,7 @@ def draw_pictures(model, plan, folds, steps):
 
 def known_of(model, bones, of="frontal pelvis", patients=(240, 100)):
     "Learn what the training's pictures look like from patients of its folds, and the limits from those of fold 6"
-    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=int(model.lifts), canvas=64)
+    plan = PhantomPlan(bones=str(bones), count=5000, bare=0.3, atlas_share=0.7, slabs=2*model.lifts, canvas=64*model.lifts)
     drawn = [draw_pictures(model, plan, folds, steps) for folds, steps in zip((TRAIN, VALIDATE), patients)]
     return fit_novelty_model(*drawn, of)
 

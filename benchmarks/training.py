@@ -25,7 +25,10 @@ from radrotator.core import markdown_table
 from radrotator.batch import Batch
 from radrotator.pairs.folds import TRAIN
 from radrotator.pairs.sources import PhantomPlan, phantom_jobs
-from radrotator.train.trainer import PRECISIONS, PRESETS, Machine, Trainer, from_jobs, join
+from radrotator.train.config import PRECISIONS, PRESETS
+from radrotator.train.feeds import from_jobs
+from radrotator.train.machine import Machine, join
+from radrotator.train.trainer import Trainer
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNetConfig, count_operations
 from torch.utils.flop_counter import FlopCounterMode

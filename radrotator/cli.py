@@ -606,7 +606,7 @@ def recipe_of(
     asked: Asked,  # as completed
 ) -> tuple:        # `TrainConfig`, and settings of the data by their names
     "The recipe that is meant."
-    from radrotator.train.trainer import PRESETS, with_settings
+    from radrotator.train.config import PRESETS, with_settings
     name = asked.preset
     if name not in PRESETS: raise RadRotatorError(f"there is no preset {name!r}; choose {' or '.join(PRESETS)}")
     settings = {key: value for key, value in (asked.set or {}).items() if not key.startswith("data.")}
@@ -671,7 +671,8 @@ def feeds_of(
     "The pairs that are meant, and where they come from."
     from radrotator.pairs.plan import SetPlan
     from radrotator.pairs.sources import PhantomPlan, bones_hash, ct_jobs, phantom_jobs
-    from radrotator.train.trainer import from_jobs, from_sets, to_watch, with_settings
+    from radrotator.train.config import with_settings
+    from radrotator.train.feeds import from_jobs, from_sets, to_watch
     given = [name for name in SOURCES if getattr(asked, name) is not None]
     if len(given) != 1: raise RadRotatorError(f"training needs one source of pairs, and {'none' if not given else ' and '.join('--' + name for name in given)} was given; name one of --data SETS, --cts DIR and --phantoms N")
     if asked.bones and not asked.phantoms: raise RadRotatorError("bone surfaces are for phantoms; give --bones with --phantoms, or leave it out")
@@ -765,7 +766,10 @@ def begin(
     asked = completed(out, asked, resume)
     check_bones(asked.bones)
     from radrotator.rotate.rotator import pick_device
-    from radrotator.train.trainer import Machine, Trainer, checkpoints, initial, join
+    from radrotator.train.checkpoint import checkpoints
+    from radrotator.train.machine import Machine, join
+    from radrotator.train.state import initial
+    from radrotator.train.trainer import Trainer
     config, of_data = recipe_of(asked)
     if asked.init and not checkpoints(out): initial(asked.init, config)   # before minutes of work
     device = pick_device(device)
@@ -819,7 +823,7 @@ def report_command(
     "Draw a training run as one HTML file."
     if out is not None: check_name(out, (".html",))
     with working("drawing"):
-        from radrotator.train.trainer import report
+        from radrotator.train.feeds import report
         text, out = report(folder), out or folder/"report.html"
     with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
@@ -857,7 +861,8 @@ def evaluate_command(
     from radrotator.evaluate.protocol import Protocol
     from radrotator.evaluate.report import write_report
     from radrotator.rotate.rotator import pick_device
-    from radrotator.train.trainer import join, with_settings
+    from radrotator.train.config import with_settings
+    from radrotator.train.machine import join
     asked, device, began = with_settings(Protocol(seed=seed), questions), pick_device(device), time.perf_counter()
     accelerator = join(device)
     model, name = load_model(weights, here(device))
@@ -986,7 +991,7 @@ def write_item(
     "The sheet of an item, and its pictures one by one."
     import numpy as np
     from radrotator.geometry import AXES
-    from radrotator.train.trainer import view_sheet
+    from radrotator.train.log import view_sheet
     from radrotator.radiograph.image import Radiograph
     from radrotator.radiograph.write import write_picture
     if not item.views: return

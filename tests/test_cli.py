@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     body = 0.4*(row**2 + column**2 < 0.9) + 0.5*((row - 0.2)**2 + (abs(column) - 0.4)**2 < 0.04)
     radiograph = Radiograph(body/body.max(), (0.5, 0.5))
     radiograph.write(folder/"hip.png")
-    radiograph.write(folder/"hip.dcm")
+    radiograph.write(folder/"hip.dcm", mark=False)              # a marked one is met with a warning
     z, y, x = np.mgrid[-1:1:60j, -1:1:40j, -1:1:50j]
     hu = np.where(x**2 + y**2 < 0.8, 40.0, -1000.0) + 900*((abs(x) - 0.5)**2 + y**2 + (z/2)**2 < 0.05)
     write_ct(CT(hu.transpose(2, 1, 0).astype(np.float32), np.diag([8.0, 6, 8, 1])), folder/"body.nii.gz")
@@ -98,7 +98,7 @@ def accept(capfd, *words):
 BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "short.png": "cut short", "body.nii.gz": "radrotator drr", "series": "radrotator drr",
                    "series/slice.dcm": "radrotator drr", "untrained.safetensors": "not a DICOM"}
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
-           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: the CT is 160 mm tall"}
+           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: cannot choose a field of view: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
 BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
 
@@ -180,7 +180,7 @@ def test_outputs(command, out, here, capfd):
     ("pairs series -o sets --drrs 2", "--drrs"),
     ("pairs series -o sets --fov nan", "--fov"),
     ("pairs series -o sets --folds gone.csv", "gone.csv|no NIfTI"),
-    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "choose one of ddim"),
+    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "Choose one of ddim"),
     ("convert hip.png -o out.safetensors", "hip.png"),
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
@@ -193,7 +193,7 @@ def test_outputs(command, out, here, capfd):
     ("sweep hip.png -o out.mp4 --span nan --weights untrained.safetensors", "not a number"),
     ("sweep hip.png -o out.mp4 --frames 1 --weights untrained.safetensors", "from 2 to"),
     ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
-    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "choose one of ddim"),
+    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "Choose one of ddim"),
     ("rotate gone.png -o out.png --json", "gone.png"),
     ("train --preset huge -o run", "choose tiny or small or paper-tiny or paper"),
     ("train -o run", "one source of pairs, and none was given"),
@@ -666,6 +666,6 @@ def test_completion_by_protocol(shell):
 
 def test_what_is_completed_is_what_can_be_chosen():
     from radrotator.model.sample import SOLVERS
-    from radrotator.train.trainer import PRESETS
+    from radrotator.train.config import PRESETS
     offered = lambda name, option: [item.value for item in next(p for p in COMMANDS[name].params if option in p.opts).shell_complete(COMMANDS[name].make_context(name, [], resilient_parsing=True), "")]
     assert offered("rotate", "--solver") == [*SOLVERS] and offered("train", "--preset") == [*PRESETS]

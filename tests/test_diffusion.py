@@ -87,7 +87,8 @@ def test_loss_is_mediffusions_and_its_variance_output_learns(theirs, process):
 
 
 def test_variance_head_of_a_network_learns():
-    from radrotator.train.trainer import TrainConfig, joined, loss_of, questions
+    from radrotator.train.config import TrainConfig
+    from radrotator.train.questions import joined, loss_of, questions
     from radrotator.batch import Batch
     from radrotator.model.unet import UNet, UNetConfig
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 
 from radrotator.cli import Asked, UsageError, app, recipe_of, settings_of, shard_of
 from radrotator.core import RadRotatorError
-from radrotator.train.trainer import share_of
+from radrotator.train.machine import share_of
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
 SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode", "output", "array"}  # of its manual

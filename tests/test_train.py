@@ -15,7 +15,10 @@ from radrotator.ct.volume import CT
 from radrotator.geometry import CArm
 from radrotator.pairs.protocol import draw_poses
 from radrotator.pairs.sets import write_set
-from radrotator.train.trainer import COLUMNS, GRAIN, PRESETS, checkpoints, read_checkpoint, read_log, share_of, with_settings
+from radrotator.train.checkpoint import checkpoints, read_checkpoint
+from radrotator.train.config import GRAIN, PRESETS, with_settings
+from radrotator.train.log import COLUMNS, read_log
+from radrotator.train.machine import share_of
 from radrotator.model.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +64,9 @@ def child(words, out, env={}, at=None, after=None):
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
 if __name__ == "__main__":  # the processes are forked, since to import torch takes longer than all the rest
-    import accelerate, torch._dynamo, radrotator.cli, radrotator.train.trainer
+    import accelerate, torch._dynamo, radrotator.cli, radrotator.train.feeds, radrotator.train.log
     with contextlib.redirect_stdout(None): radrotator.cli.main(["train", "--help"])
-    radrotator.train.trainer.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
+    radrotator.train.log.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
     gc.freeze()             # or every process would copy all this as it looks for garbage
     for line in sys.stdin:
         asked = json.loads(line)

@@ -10,7 +10,7 @@ import pytest
 from imageio_ffmpeg import read_frames
 from PIL import Image
 
-from radrotator.radiograph.write import Radiograph
+from radrotator.radiograph.image import Radiograph
 from radrotator.rotate.rotator import RadRotator
 
 PELVIS = Path(__file__).resolve().parents[1]/"nbs"/"images"/"pelvis.png"

@@ -24,7 +24,7 @@ from ..geometry import AXES
 from ..html import render_page
 from ..register.register import JUDGED
 from ..rotate.rotator import RadRotator
-from ..train.trainer import view_sheet
+from ..train.log import view_sheet
 from ..model.weights import save_weights
 
 # %% ../../nbs/41_evaluate/13_report.ipynb #41801605

@@ -21,7 +21,7 @@ from .metrics import fine_energy, gradient_correlation, ncc, psnr, skill
 from ..geometry import AXES, CArm, inside_frame, rotation, turn_between
 from ..radiograph.image import Radiograph
 from ..register.pose import compose_poses
-from ..train.trainer import Comparison
+from ..train.log import Comparison
 from ..tone import match_histogram
 
 # %% ../../nbs/41_evaluate/01_views.ipynb #c1d652fb
