@@ -37,7 +37,8 @@ def terminal_bar(
         yield lambda done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress
+    from rich.progress import TextColumn, TimeElapsedColumn, TimeRemainingColumn
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
     if total is not None: columns += [MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn()]
     console = Console(stderr=True)
@@ -65,7 +66,8 @@ def notebook_progress(
 ) -> Iterator:                  # the same rows
     "Show a bar under the cell that runs."
     from fastprogress.fastprogress import progress_bar
-    bar = progress_bar(rows, total=total, comment=read_words(words))
+    bar = progress_bar(rows, total=total)
+    bar.comment = read_words(words)
     for row in bar:
         yield row
         bar.comment = read_words(words)
