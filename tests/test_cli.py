@@ -45,7 +45,7 @@ def made(tmp_path_factory):
     body = 0.4*(row**2 + column**2 < 0.9) + 0.5*((row - 0.2)**2 + (abs(column) - 0.4)**2 < 0.04)
     radiograph = Radiograph(body/body.max(), (0.5, 0.5))
     radiograph.write(folder/"hip.png")
-    radiograph.write(folder/"hip.dcm")
+    radiograph.write(folder/"hip.dcm", mark=False)              # a marked one is met with a warning
     z, y, x = np.mgrid[-1:1:60j, -1:1:40j, -1:1:50j]
     hu = np.where(x**2 + y**2 < 0.8, 40.0, -1000.0) + 900*((abs(x) - 0.5)**2 + y**2 + (z/2)**2 < 0.05)
     write_ct(CT(hu.transpose(2, 1, 0).astype(np.float32), np.diag([8.0, 6, 8, 1])), folder/"body.nii.gz")
@@ -101,7 +101,7 @@ def accept(capfd, *words):
 BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "short.png": "cut short", "body.nii.gz": "radrotator drr", "series": "radrotator drr",
                    "series/slice.dcm": "radrotator drr", "untrained.safetensors": "not a DICOM"}
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
-           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: the CT is 160 mm tall"}
+           "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: cannot choose a field of view: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
 BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
 
@@ -183,7 +183,7 @@ def test_outputs(command, out, here, capfd):
     ("pairs series -o sets --drrs 2", "--drrs"),
     ("pairs series -o sets --fov nan", "--fov"),
     ("pairs series -o sets --folds gone.csv", "gone.csv|no NIfTI"),
-    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "choose one of ddim"),
+    ("rotate hip.png -o out.png --weights untrained.safetensors --solver magic", "Choose one of ddim"),
     ("convert hip.png -o out.safetensors", "hip.png"),
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
@@ -196,7 +196,7 @@ def test_outputs(command, out, here, capfd):
     ("sweep hip.png -o out.mp4 --span nan --weights untrained.safetensors", "not a number"),
     ("sweep hip.png -o out.mp4 --frames 1 --weights untrained.safetensors", "from 2 to"),
     ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
-    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "choose one of ddim"),
+    ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "Choose one of ddim"),
     ("rotate gone.png -o out.png --json", "gone.png"),
     ("train --preset huge -o run", "Choose tiny or small or paper-tiny or paper"),
     ("train -o run", "one source of pairs, and none was given"),
@@ -407,9 +407,9 @@ def test_train_and_train_on(here, capfd):
 
 
 def test_demo_twice(here, capfd, monkeypatch):
-    import radrotator.phantom
-    seeds, coarse = [], radrotator.phantom.phantom
-    monkeypatch.setattr("radrotator.phantom.phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
+    import radrotator.phantom.phantom as room
+    seeds, coarse = [], room.phantom
+    monkeypatch.setattr(room, "phantom", lambda seed: seeds.append(seed) or coarse(seed, spacing=8.0))
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
     assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
@@ -527,7 +527,7 @@ def test_patient_data_comes_along_only_by_name(here, capfd, tmp_path):
     accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"none.dcm", *WEIGHTS)
     accept(capfd, "rotate", tmp_path/"seen.dcm", "-o", tmp_path/"kept.dcm", "--keep", "PatientID", "--keep", "BodyPartExamined", *WEIGHTS)
     none, kept = (pydicom.dcmread(tmp_path/f"{name}.dcm") for name in ("none", "kept"))
-    assert "4711" not in str(none) and (kept.PatientID, kept.BodyPartExamined) == ("4711", "PELVIS") and secret not in str(kept)
+    assert "4711" not in str(none) and (kept.PatientID, kept.BodyPartExamined) == ("ID4711", "PELVIS") and secret not in str(kept)
     assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.dcm"), "--keep", "PixelData", *WEIGHTS]) == 2 and not (tmp_path/"no.dcm").exists()
     assert main(["rotate", str(tmp_path/"seen.dcm"), "-o", str(tmp_path/"no.png"), "--keep", "PatientID", *WEIGHTS]) == 2 and not (tmp_path/"no.png").exists()
 

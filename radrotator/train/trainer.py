@@ -251,7 +251,8 @@ def fit(self: Trainer,
     self.folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop, readers():
         log = Log(self.folder, self.step, self.machine.tensorboard) if main else None
-        pace, show = "", progress if main else no_progress
+        show = progress if main else no_progress
+        pace = ""
         said, waited, start = [], 0.0, time.monotonic()
         mark = ready = start
         for batch in show(self.batches(), self.config.steps - self.step, lambda: pace):
