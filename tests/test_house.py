@@ -99,3 +99,8 @@ def house_times():
 def test_the_package_is_imported_at_once():
     bare = processor_seconds("-c", "pass")
     assert processor_seconds("-c", "import radrotator") - bare < 0.05
+
+
+@pytest.mark.parametrize("line", ["--help", "rotate nofile.png --z 5 -o turned.png", "rotate nofile.png --z 50 -o turned.png"])
+def test_a_mistake_is_told_at_once(line):
+    assert processor_seconds("-m", "radrotator", *line.split()) < 0.5
