@@ -11,11 +11,12 @@ from itertools import product
 
 import numpy as np
 
+from ..angles import LIMIT
 from ..core import RadRotatorError
 from ..ct.volume import CT
 from .attenuation import _affine_about_isocentre
 from .siddon import Siddon
-from ..geometry import LIMIT, CArm, rays
+from ..geometry import CArm, rays
 
 # %% ../../nbs/12_drr/07_frame.ipynb #5a173f14
 def render_labels(
@@ -78,7 +79,7 @@ def fit_fov(
     if fits(carm.fov): return carm
     if not fits(smallest):
         height = ct.shape[2]*np.linalg.norm(ct.affine[:3, 2])
-        raise RadRotatorError(f"cannot choose a field of view: the CT is only {height:.0f} mm tall, and even a field "
+        raise RadRotatorError(f"cannot choose a field of view: the CT is {height:.0f} mm tall, and even a field "
                               f"of {smallest:.0f} mm would show where it ends. Use a taller volume.", "TOO_SHORT")
     low, high = smallest, carm.fov
     while high - low > 2:
