@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from helpers import PATIENT, body, write_enhanced, write_nifti_file, write_series
 from radrotator.core import error_code, folder_lock, parallel_map
-from radrotator.ct.ingest import ingest as room
+import radrotator.ct.ingest as room
 from radrotator.ct.archive import Journal
 from radrotator.ct.coverage import bone_profile, judge_coverage
 from radrotator.ct.curate import IngestConfig, curate_series
