@@ -75,7 +75,8 @@ def to_pelvis(
     sockets = {s: fit_sphere(v[self.marks[s]]) for s, v in zip(("left", "right"), vertices)}
     top, end = (vertices[2][self.marks[m]] for m in ("endplate", "axis"))
     along = top @ [0, 0.78, -0.62]
-    front, back = top[along > np.quantile(along, 0.85)], top[along < np.quantile(along, 0.15)]
+    front = top[along > np.quantile(along, 0.85)]
+    back = top[along < np.quantile(along, 0.15)]
     plate = np.stack([front.mean(0), back.mean(0)])
     struts = {k: vertices[BONES.index(k[0])][rows] for k, rows in self.marks.items() if k[0] in BONES}
     end_size = max(np.ptp(end[:, 0])/2 - 8, 25.0), 10.0

@@ -77,7 +77,8 @@ def proximal_femur(
     lean = np.deg2rad(hip.neck_shaft - 90)
     def at(x, y, z): return base + q*np.array([x, y, z])
     across = q*np.array([-1, 1])[None, :, None]*np.array([np.sin(lean), 0, np.cos(lean)])  # a neck is taller than thick
-    along, tall = np.array([0.45, 0.62, 0.85, 1.0]), np.array([5.5, 4.0, 5.0, 8.0])
+    along = np.array([0.45, 0.62, 0.85, 1.0])
+    tall = np.array([5.5, 4.0, 5.0, 8.0])
     neck = along[:, None, None]*base + tall[:, None, None]*across
     tip = np.array([base[0] + 11*q, -9*q, -4.0])  # as high as the middle of the head
     bow = (0, -8), (1, -40), (3, -80), (5, -130), (5, -190), (2, -270), (-8, -400)

@@ -70,15 +70,17 @@ def draw_belly(
     chest = clipped_normal(g, 84 + 0.6*front, 26, 55, 230)
     navel = g.uniform(60, 190)
     cushion = clipped_normal(g, 13 + 0.4*back, 9, 5, 75)
-    press, hollow = g.uniform(5, 45), g.uniform(0, 40)
+    press = g.uniform(5, 45)
+    hollow = g.uniform(0, 40)
     square = g.uniform(0, 0.6), g.uniform(0.15, 0.9)
     apron = hangs*g.uniform(5, 35 + 0.8*fat), g.uniform(-20, 100), g.uniform(60, 160), g.uniform(0.6, 1.0)
     tense = (g.random() < 0.2)*g.uniform(30, 200)
-    belly, chest = float(np.clip(belly + tense, 38, 280)), float(np.clip(chest + 0.6*tense, 55, 260))
+    belly = float(np.clip(belly + tense, 38, 280))
+    chest = float(np.clip(chest + 0.6*tense, 55, 260))
     skin = dict(fat=fat, fat_front=front, fat_back=back, groin=groin, navel=navel, belly=belly, chest=chest)
     return skin | dict(cushion=cushion, press=press, hollow=hollow, square=square, apron=apron)
 
-# %% ../../nbs/11_phantom/13_habitus.ipynb #99d623ee
+# %% ../../nbs/11_phantom/13_habitus.ipynb #68bf4525
 def draw_limbs(
     g: np.random.Generator,  # random numbers
     fat: float,              # mm below the skin at the sides
@@ -86,7 +88,9 @@ def draw_limbs(
     "Draw buttocks and thighs, and by how much left and right differ."
     buttock = g.uniform(62, 95), g.uniform(-45, 20), g.uniform(95, 155)
     thigh = float(np.clip(g.normal(66, 11) + 0.75*fat*g.lognormal(0, 0.25), 50, 150))
-    round, medial, sunk = g.uniform(0.85, 1.2), g.uniform(5, 30), g.uniform(-8, 45)
+    round = g.uniform(0.85, 1.2)
+    medial = g.uniform(5, 30)
+    sunk = g.uniform(-8, 45)
     crotch = g.uniform(80, 115)
     genital = float(g.choice([0, 1])*g.uniform(18, 34))
     uneven = tuple(g.normal(0, 0.05, 4))
@@ -134,7 +138,8 @@ def place_bed(
     body: Body,          # habitus
 ) -> Bed:
     "Put the table a cushion of soft tissue behind the hindmost bone."
-    middle, low = skeleton.pelvis.centre, np.inf
+    middle = skeleton.pelvis.centre
+    low = np.inf
     bed = Bed(middle + [body.shift, 0, 0], 0.0, body.tilt, body.roll)
     for part in (p for parts in skeleton.bones.values() for p in parts if not p.carve):
         x, y, z = part.triangles.reshape(-1, 3).T

@@ -31,7 +31,8 @@ class Prosthesis:
     @classmethod
     def draw(cls, g, side):
         "Draw what is implanted in one hip."
-        head, shell = g.choice([14.0, 16.0, 18.0]), g.uniform(3, 4.5)
+        head = g.choice([14.0, 16.0, 18.0])
+        shell = g.uniform(3, 4.5)
         inclination, anteversion = g.normal(40, 5), g.normal(15, 6)
         stem = g.uniform(105, 150)
         cement = float(g.choice([0.0, 0.0, g.uniform(2, 3)]))
@@ -46,7 +47,8 @@ def cup(
     i, a = np.deg2rad([prosthesis.inclination, prosthesis.anteversion])
     n = np.array([np.cos(a)*np.sin(i), np.sin(a), -np.cos(a)*np.cos(i)])
     n = n*[1 if prosthesis.side == "right" else -1, 1, 1]
-    outer, metal = radius + 1.0, prosthesis.shell/2
+    outer = radius + 1.0
+    metal = prosthesis.shell/2
     plastic = (outer - prosthesis.shell - prosthesis.head)/2
     shell = spherical_cap(-n, outer - metal, lambda theta, d: np.full(theta.shape, metal), 88)
     liner = spherical_cap(-n, prosthesis.head + plastic, lambda theta, d: np.full(theta.shape, plastic), 88)
@@ -61,7 +63,8 @@ def stem(
 ) -> list:                   # of Part: neck, and what lies in the canal
     "Build neck and tapered stem, along the femur's own neck and canal."
     base, place = femur_frame(centre, hip, prosthesis.side)
-    q, n = hip.shaft/14, prosthesis.stem
+    q = hip.shaft/14
+    n = prosthesis.stem
     def at(x, y, z): return base + np.array([q*x, q*y, z])
     body = [[at(-13, 0, 0), at(5, 0, 2)], [at(-8, 0, -25), at(5, 0, -25)],
             [at(-3, 1, -0.55*n), at(3, 1, -0.55*n)], [at(-0.5, 4, -n), at(0.5, 4, -n)]]

@@ -35,7 +35,8 @@ class Cavity:
         front = pelvis.endplate[0, 1] - c[1]
         z = grid.axes()[2].ravel().astype(float)
         up = z - c[2]
-        trunk, fat = trunk_oval(body, bed, z), fat_layers(body, up)
+        trunk = trunk_oval(body, bed, z)
+        fat = fat_layers(body, up)
         half = np.interp(up, [-45, -10, 60, 110, 180, 400], [28, 52, 66, 104, 112, 116])
         free = np.clip(trunk[:, 0] - fat[:, 1] - 16, half, 1.3*half)  # above the pelvis as wide as the wall lets it
         half = np.where(up > 60, free, half)

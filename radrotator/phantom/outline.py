@@ -97,7 +97,8 @@ def trunk_profile(
     up,             # (Z,) mm above the hip centres
 ) -> tuple:         # (Z,) mm each: skin ahead of the hip centres, skin behind them, half width
     "Give front, back and sides of the trunk, level by level."
-    belly, most = max(body.belly, 160 - bed.behind), 420 - bed.behind
+    belly = max(body.belly, 160 - bed.behind)
+    most = 420 - bed.behind
     stages = [body.groin - 10, body.groin, 0.6*body.groin + 0.4*belly, belly, body.chest]
     front = smooth_profile(up, [-110, -40, 30, body.navel, 340], stages).clip(max=most)
     curve = [0, body.press, 0.7*body.press, -body.hollow, -0.4*body.hollow, 0.3*body.press]

@@ -76,7 +76,8 @@ def cut_out_bone(
     edge = g.uniform(-0.1, 0.6)*scene.grid.spacing
     outside = np.ones(scene.grid.shape, bool)
     for name, (d, box) in fields.items():
-        within, labels = d + 0.4*scene.texture[box] <= edge, scene.labels[box]
+        within = d + 0.4*scene.texture[box] <= edge
+        labels = scene.labels[box]
         outside[box] &= ~within
         labels[within & (labels == 0)] = LABELS[name.split("/")[0]]
     metal = scene.labels >= LABELS["implant"]

@@ -102,7 +102,8 @@ class Fracture:
         normal = g.normal(0, 1, 3)*([1, 1, 3] if bone in FEMORA else [1, 1, 1])  # across a shaft rather than along it
         normal *= -np.sign((anchor - point) @ normal + 1e-9)/np.linalg.norm(normal)
         far = g.uniform(0.5, 20)*g.random()*(0.35 if np.linalg.norm(anchor - point) < 40 else 1)
-        away, (a, b, c) = g.normal(0, 1, 3), g.normal(0, 4, 3)
+        away = g.normal(0, 1, 3)
+        a, b, c = g.normal(0, 4, 3)
         turn = axis_rotation(0, a) @ axis_rotation(1, b) @ axis_rotation(2, c)
         return cls(str(bone), point, normal, turn, far*away/np.linalg.norm(away), bool(g.random() < 0.15))
 
@@ -112,7 +113,8 @@ def break_bones(
     g: np.random.Generator,  # random numbers
 ) -> Skeleton:
     "Break one to three bones, or one in several places."
-    bones, moves = dict(skeleton.bones), {}
+    bones = dict(skeleton.bones)
+    moves = {}
     for i in range(1, 1 + g.integers(1, 4)):
         fracture = Fracture.draw(g, skeleton)
         whole = bones[fracture.bone]

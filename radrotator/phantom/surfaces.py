@@ -22,7 +22,8 @@ def split_pelves(
     z: dict,     # pelvis (P, V, 3), femur_left, femur_right_mirrored, faces_pelvis, faces_femur
 ) -> tuple:      # patients (P,), vertices (P, 5, V, 3) mm RAS+, faces of the five bones
     "Split whole pelves in three bones, and add their femora; bones of fewer vertices are filled up with unused ones."
-    pelvis, faces = z["pelvis"].astype(np.float64), z["faces_pelvis"]
+    pelvis = z["pelvis"].astype(np.float64)
+    faces = z["faces_pelvis"]
     pieces = find_pieces(faces, pelvis.shape[1])
     left, middle, right = np.argsort([pelvis[:, pieces == i, 0].mean() for i in range(3)])
     bones, out = {}, {}
@@ -122,7 +123,8 @@ def read_folder(
 ) -> tuple:        # patients (P,), vertices (P, 3, V, 3) mm RAS+, faces of the first patient
     "Read the atlas as its authors publish it; each patient is centred."
     files = list_surfaces(folder)
-    shapes, faces, n = [], {}, None
+    shapes, faces = [], {}
+    n = None
     for paths in files.values():
         bones = []
         for bone, path in zip(BONES, paths):
