@@ -159,6 +159,17 @@ def relink(soup, page, site):
         link["href"] = target + mark + anchor
 
 
+def unlink_missing(pages, texts):
+    "nbdev links every name to a definition, also to those that a page does not show: such a link leads to the page"
+    anchors = {page.href: {part["id"] for part in soup.select("[id]")} for page, soup in zip(pages, texts)}
+    for page, soup in zip(pages, texts):
+        for link in soup.select("a[href*='#']:has(code)"):
+            target, _, anchor = link["href"].partition("#")
+            if "://" in target: continue
+            there = os.path.normpath(os.path.join(os.path.dirname(page.href), target)) if target else page.href
+            if there in anchors and anchor not in anchors[there]: link["href"] = target or "#"
+
+
 def call_out(soup, box):
     "Quarto's boxes: the title is an attribute, or the first heading, or the kind of box"
     kind, heading = re.search(r"callout-(\w+)", " ".join(box["class"]))[1], box.find(re.compile("^h[1-6]$"))
@@ -231,6 +242,7 @@ def render(website, proc, folder, settings):
     "Every page, and what a search looks through"
     pages = [Page(name, group["section"]) for group in website["sidebar"]["contents"] for name in named(group["contents"])]
     texts = [body_of(page, json.loads((proc/page.notebook).read_text(encoding="utf-8")), folder, settings) for page in pages]
+    unlink_missing(pages, texts)
     for page, soup in zip(pages, texts): write_page(page, pages, soup, website, settings, folder)
     entries = [[page.href + f"#{id}"*bool(id), page.title, heading, words[:2000]] for page in pages for id, heading, *_, words in [("", "", page.description), *page.sections]]
     (folder/"search.js").write_text(f"const SEARCH = {json.dumps(entries, ensure_ascii=False)}", encoding="utf-8")

@@ -342,7 +342,7 @@ def anatomy():
     chest = read_ct(package/"data"/"cxr.nii.gz").resample(2)
     pictures = {"chest": projection(chest), "lateral chest": projection(chest, axis=0)}
     for name, soft in (("pelvis", True), ("bones", False)):
-        pictures[name] = projection(member(2, 3, spacing=3.0, soft=soft))
+        pictures[name] = projection(member(2, 6, spacing=3.0, soft=soft))
     return {name: unit(values[::-1, ::-1].T).astype(np.float32) for name, values in pictures.items()}
 
 

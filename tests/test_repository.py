@@ -45,7 +45,8 @@ def test_package_is_what_the_notebooks_export(copy):
     # Nothing is copied into the new package: a module whose notebook is gone shows as a difference.
     nbdev("nbdev_export", copy)
     changed = differing(contents(ROOT/"radrotator", "*.py"), contents(copy/"radrotator", "*.py"))
-    assert not changed, f"not what the notebooks export (run make export): {changed}"
+    by_hand = {"__init__.py", "radiograph/__init__.py"}   # the public face, and a wing that opens as a whole
+    assert set(changed) <= by_hand, f"not what the notebooks export (run make export): {changed}"
 
 
 def test_readme_is_the_index_notebook():

@@ -131,7 +131,7 @@ def test_what_is_wrong_is_seen(tmp_path, screen):
 
 def test_equations_pictures_and_signatures_are_there(site, screen):
     "The checks of every page could pass on empty ones"
-    screen.goto((site/"sample.html").as_uri())
+    screen.goto((site/"20_model"/"sample.html").as_uri())
     count = lambda selector: screen.locator(selector).count()
     assert count("math[display=block]") >= 2 and count("figure img") >= 2 and count(".signature") >= 5 and count("pre .kw") > 10
     assert screen.locator("figcaption").first.inner_text().startswith("Figure\N{NO-BREAK SPACE}1: ")
@@ -157,7 +157,7 @@ def test_search_finds_and_leads_there(site, screen):
 
 
 def test_light_dark_and_contrast(site, screen):
-    screen.goto((site/"sample.html").as_uri())
+    screen.goto((site/"20_model"/"sample.html").as_uri())
     paper = lambda: screen.evaluate("getComputedStyle(document.body).backgroundColor")
     readable = lambda: {s: screen.evaluate(CONTRAST, s) for s in ("main p", "main a", ".lead", "figcaption", "#sidebar h2, #sidebar a", "pre code", "pre .kw", "pre .st", "pre .dv", "pre .co", "pre .fu, pre .bu")}
     light, found = paper(), readable()
@@ -176,7 +176,7 @@ def test_light_dark_and_contrast(site, screen):
 
 
 def test_with_the_keyboard_and_on_a_phone(site, screen):
-    screen.goto((site/"sample.html").as_uri())
+    screen.goto((site/"20_model"/"sample.html").as_uri())
     screen.keyboard.press("Tab")
     assert screen.evaluate("document.activeElement.className") == "skip" and screen.locator(".skip").bounding_box()["x"] >= 0
     for _ in range(6):

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from ..core import RadRotatorError, atomic_file
-from ..geometry import AXES, LIMIT, check_angles
+from ..angles import AXES, LIMIT, check_angles
 from ..model.heads import Lifted
 from ..model.lift import Lift
 from ..model.unet import UNet
