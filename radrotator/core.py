@@ -42,6 +42,15 @@ def error_code(
 class RadRotatorWarning(UserWarning):
     "Something the user should know, while the work goes on: one sentence."
 
+# %% ../nbs/00_core.ipynb #a7c1d0e2
+def check_parent(
+    path: str | Path,  # to be written
+):
+    "Refuse an output whose folder is missing."
+    folder = Path(path).parent
+    if folder.is_dir(): return
+    raise RadRotatorError(f"cannot write {path}: the folder {folder} does not exist. Make it first.", "NO_FOLDER")
+
 # %% ../nbs/00_core.ipynb #2fc23e36
 @contextlib.contextmanager
 def atomic_file(
@@ -49,8 +58,7 @@ def atomic_file(
 ):  # yields a temporary path of the same suffix; it is renamed to `path` when the block ends well and removed when it does not
     "Write a file whole or not at all."
     path = Path(path)
-    if not path.parent.is_dir():
-        raise RadRotatorError(f"cannot write {path}: the folder {path.parent} does not exist; make it first", "NO_FOLDER")
+    check_parent(path)
     suffix = "".join(path.suffixes)
     handle, name = tempfile.mkstemp(prefix=f".{path.name.removesuffix(suffix)}-", suffix=suffix, dir=path.parent)
     os.close(handle)
@@ -112,8 +120,7 @@ def check_output(
 ) -> Path:               # the same path
     "Refuse an output whose folder is missing or closed, whose name is too long, or that exists already."
     path = Path(path)
-    if not path.parent.is_dir():
-        raise RadRotatorError(f"cannot write {path}: the folder {path.parent} does not exist; make it first", "NO_FOLDER")
+    check_parent(path)
     if len(os.fsencode(path.name)) > 240:  # a file system takes 255; the temporary name is longer by a few
         raise RadRotatorError(f"cannot write {path.name[:20]}…: the name is too long; choose a shorter one", "NAME_TOO_LONG")
     if path.exists() and not force:
@@ -121,6 +128,15 @@ def check_output(
     if not os.access(path.parent, os.W_OK):
         raise RadRotatorError(f"cannot write {path}: you may not write in the folder {path.parent}; choose another one", "NOT_WRITABLE")
     return path
+
+# %% ../nbs/00_core.ipynb #c93e5a17
+def check_input(
+    path: str | Path,  # to be read, as the user named it
+):
+    "Refuse an input that is missing."
+    try: there = Path(path).exists()
+    except OSError: there = True  # whoever opens it can say why that fails
+    if not there: raise RadRotatorError(f"cannot read {path}: no such file. Check the spelling.", "NO_FILE")
 
 # %% ../nbs/00_core.ipynb #02e79b3d
 def sha256(

@@ -12,7 +12,10 @@ import typer
 from PIL import Image
 from test_bad_files import HEADERS, dicom
 
-from radrotator.cli import PICTURES, STORY, TITLE, app, examples_of, main
+from radrotator.app.console import COMMAND_GROUPS, list_examples
+from radrotator.app.demo import DEMO_TITLE
+from radrotator.cli import app, main
+from radrotator.core import PICTURES
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
 from radrotator.evaluate.patients import FIRST_TEST_SEED
@@ -24,7 +27,7 @@ from radrotator.model.weights import load_weights, save_weights
 WEIGHTS = "--weights", "untrained.safetensors"   # they lift
 DRAWING = "--weights", "drawing.safetensors"     # they draw views, told the rotation, as in the paper
 PROGRAM = sys.executable, "-m", "radrotator.cli"
-NOTEBOOK = Path(__file__).resolve().parents[1]/"nbs"/"14_cli.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[1]/"nbs"/"50_app"/"08_commands.ipynb"
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -100,7 +103,7 @@ BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
            "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: cannot choose a field of view: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
-BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
+BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "End it in", "out": "End it in", "other": "End it in", "letter.dcm/out.png": "does not exist"}
 
 
 def said(err, words): assert any(w in err for w in words.split("|")), err
@@ -132,7 +135,7 @@ def test_outputs(command, out, here, capfd):
 @pytest.mark.parametrize("words, why", [
     ("rotate hip.png -o out.png --weights gone.safetensors", "gone.safetensors"),
     ("rotate hip.png -o out.png --weights hip.png", "not a readable .safetensors"),
-    ("rotate hip.png -o out.png --device quantum", "choose auto, cpu or cuda"),
+    ("rotate hip.png -o out.png --device quantum", "Choose auto, cpu or cuda"),
     ("rotate hip.png -o out.png --steps 0", "--steps"),
     ("rotate hip.png -o out.png --guidance nan", "--guidance"),
     ("rotate hip.png -o out.png --detail nan", "--detail"),
@@ -195,9 +198,9 @@ def test_outputs(command, out, here, capfd):
     ("sweep hip.png -o out.mp4 --fps 0 --weights untrained.safetensors", "from 1 to"),
     ("sweep hip.png -o out.mp4 --solver magic --frames 2 --weights untrained.safetensors", "Choose one of ddim"),
     ("rotate gone.png -o out.png --json", "gone.png"),
-    ("train --preset huge -o run", "choose tiny or small or paper-tiny or paper"),
+    ("train --preset huge -o run", "Choose tiny or small or paper-tiny or paper"),
     ("train -o run", "one source of pairs, and none was given"),
-    ("train -o run --resume", "there is no run in run to go on with"),
+    ("train -o run --resume", "cannot go on with a run in run: there is none"),
     ("train --phantoms 1 --set steps=3 -o run", "use --steps 3"),
     ("train --phantoms 1 --together 12 -o run", "multiple of 8"),
     ("train --data . --cts . -o run", "--data and --cts was given"),
@@ -290,8 +293,8 @@ def test_the_whole_story_in_one_screen():
     said = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, timeout=300, env=os.environ | dict(COLUMNS="80")).stdout
     lines = said.splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= 80 and "not for diagnosis" in said
-    assert sorted(COMMANDS) == sorted(name for names in STORY.values() for name in names)
-    assert re.findall(r"^  [A-Z ].{13}(\w+)  ", said, re.MULTILINE) == [name for names in STORY.values() for name in names]
+    assert sorted(COMMANDS) == sorted(name for names in COMMAND_GROUPS.values() for name in names)
+    assert re.findall(r"^  [A-Z ].{13}(\w+)  ", said, re.MULTILINE) == [name for names in COMMAND_GROUPS.values() for name in names]
     assert said.count("  radrotator ") == 2                               # two examples
     assert not [line for line in lines[1:] if line.endswith("...")]       # nothing cut off
 
@@ -301,10 +304,10 @@ def test_help_of_a_command(name, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([name, "--help"]) == 0
     said = capfd.readouterr().out
-    assert max(map(len, said.splitlines())) <= 80 and examples_of(COMMANDS[name]) and all(example in said for example in examples_of(COMMANDS[name]))
+    assert max(map(len, said.splitlines())) <= 80 and list_examples(COMMANDS[name]) and all(example in said for example in list_examples(COMMANDS[name]))
 
 
-@pytest.mark.parametrize("example", [example for command in COMMANDS.values() for example in examples_of(command)])
+@pytest.mark.parametrize("example", [example for command in COMMANDS.values() for example in list_examples(command)])
 def test_examples_are_understood(example):
     _, name, *words = shlex.split(example)
     COMMANDS[name].make_context(name, words)
@@ -313,7 +316,7 @@ def test_examples_are_understood(example):
 def test_examples_that_are_cheap_run(here, tmp_path, capfd, monkeypatch):
     for theirs, ours in {"hip.dcm": "hip.dcm", "hip.png": "hip.png", "pelvis.nii.gz": "body.nii.gz"}.items(): (tmp_path/theirs).write_bytes((here/ours).read_bytes())
     monkeypatch.chdir(tmp_path)
-    examples = [*examples_of(COMMANDS["rotate"]), examples_of(COMMANDS["sweep"])[1], examples_of(COMMANDS["drr"])[0], *examples_of(COMMANDS["doctor"])]
+    examples = [*list_examples(COMMANDS["rotate"]), list_examples(COMMANDS["sweep"])[1], list_examples(COMMANDS["drr"])[0], *list_examples(COMMANDS["doctor"])]
     for example in examples: assert main(shlex.split(example)[1:]) == 0, capfd.readouterr().err
     assert {"turned.dcm", "turned.png", "sweep.gif", "frontal.png"} < {path.name for path in tmp_path.iterdir()}
 
@@ -388,7 +391,7 @@ SMALL = "--set lift.size=32 --set lift.canvas=48 --set lift.slabs=8 --set lift.c
 def test_train_and_train_on(here, capfd):
     words = "train", "--phantoms", 1, "--steps", 2, "-o", here/"run", "--seed", 3, *SMALL
     assert "1 of 2 steps" in accept(capfd, *words, "--minutes", 0)
-    said(refuse(here, capfd, *words), "add --resume")
+    said(refuse(here, capfd, *words), "Go on with it (--resume)")
     assert "2 of 2 steps" in accept(capfd, *words, "--minutes", 5, "--resume")
     assert "2 of 2 steps" in accept(capfd, "train", "-o", here/"run", "--resume", "--device", "cpu")  # what was said need not be said again, and what is done stays done
     _, about = load_weights("run/weights.safetensors")
@@ -410,7 +413,7 @@ def test_demo_twice(here, capfd, monkeypatch):
     for seed in (0, 1): accept(capfd, "demo", "-o", "demo", "--ct", "body.nii.gz", "--radiograph", "hip.dcm", "--seed", seed, *WEIGHTS)
     assert seeds == [FIRST_TEST_SEED, FIRST_TEST_SEED + 1]  # not among the seeds that training draws
     table = (here/"demo"/"table.md").read_text()
-    assert table.startswith(TITLE) and "frontal pelvis phantoms only" in table
+    assert table.startswith(DEMO_TITLE) and "frontal pelvis phantoms only" in table
     for item in ("phantom", "chest CT", "CT 1", "radiograph 1"): assert table.count(f"\n| {item} ") == 3
     names = {p.name for p in (here/"demo").iterdir()}
     assert {"phantom.png", "phantom_input.png", "phantom_x12_rotated.png", "chest_z12_true.png", "ct1_y12_difference.png", "radiograph1_x12_rotated.png", "radiograph1.png"} < names

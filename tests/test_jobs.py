@@ -7,8 +7,11 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
-from radrotator.cli import Asked, UsageError, app, recipe_of, settings_of, shard_of
+from radrotator.app.console import UsageError
+from radrotator.app.options import parse_settings, parse_shard
+from radrotator.cli import app
 from radrotator.core import RadRotatorError
+from radrotator.run import RunRequest, train_config
 from radrotator.train.machine import share_of
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
@@ -68,9 +71,10 @@ def parsed(command):
 def check(command):
     "Refuse a command line that would be refused when it runs"
     name, given, processes = parsed(command)
-    if name == "pairs": shard_of(given["shard"])
+    if name == "pairs": parse_shard(given["shard"])
     if name == "train":
-        config, _ = recipe_of(Asked(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings_of(given["settings"])))
+        settings = parse_settings(given["settings"])
+        config, _ = train_config(RunRequest(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings))
         share_of(config.batch, 0, processes)
 
 

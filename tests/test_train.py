@@ -295,12 +295,12 @@ def test_a_run_ends_when_the_average_gets_no_better(server, sets, tmp_path):
     run = tmp_path/"run"
     words = command(sets, run, "--steps", 60, "--resume", every=1, patience=2, rate=0.01, warmup=0)
     code, out, err = server(*words)
-    assert (code, err) == (0, "") and "it gets no better" in out
+    assert (code, err) == (0, "") and "no longer improves" in out
     examined = [row["validation"] for row in read_log(run)]
     waited = [step - int(np.argmin(examined[:step + 1])) for step in range(len(examined))]
     assert waited[-1] == 2 and max(waited[:-1]) < 2 and load_weights(run/"weights.safetensors")[1]["steps"] == len(examined) - 2
     before = [path.name for path in checkpoints(run)]
-    assert "it gets no better" in server(*words)[1] and [path.name for path in checkpoints(run)] == before   # and does not begin again
+    assert "no longer improves" in server(*words)[1] and [path.name for path in checkpoints(run)] == before   # and does not begin again
 
 
 # How it is computed -------------------------------------------------------
@@ -558,7 +558,7 @@ def test_what_is_resumed_otherwise_is_refused_by_name(server, untold, plain, tmp
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     words = "train", "--data", untold, "-o", run, "--device", "cpu", "--workers", 0
     cases = {("--resume", "--set", "rate=1e-3"): "started with rate = 0.0003, not 0.001", ("--resume", *settings(**{"unet.channels": "12"})): "started with unet.channels = 8, not 12", ("--resume", "--seed", 3): "started with seed = 0, not 3",
-             ("--resume", "--preset", "paper"): "started with preset", ("--resume", "--phantoms", 3): "started with phantoms", ("--resume", "--set", "data.one_axis=0"): "started with data.one_axis = None, not 0", (): "add --resume to go on"}
+             ("--resume", "--preset", "paper"): "started with preset", ("--resume", "--phantoms", 3): "started with phantoms", ("--resume", "--set", "data.one_axis=0"): "started with data.one_axis = None, not 0", (): "holds one already"}
     begun = [(server.start(*words, *more), why) for more, why in cases.items()]
     for process, why in begun:
         code, _, err = server.end(*process)

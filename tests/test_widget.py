@@ -15,7 +15,7 @@ from radrotator.rotate.rotator import RadRotator
 
 PELVIS = Path(__file__).resolve().parents[1]/"nbs"/"images"/"pelvis.png"
 PATIENCE = 120  # seconds: a busy machine takes its time, and no test asserts any
-CELL = """from radrotator.widget import RotationExplorer
+CELL = """from radrotator.app.widget import RotationExplorer
 RotationExplorer("pelvis.png")"""
 DECODE = """async img => {
     for (let tries = 0; ; tries++) {

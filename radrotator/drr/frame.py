@@ -15,7 +15,8 @@ from ..core import RadRotatorError
 from ..ct.volume import CT
 from .attenuation import _isocentred
 from .siddon import Siddon
-from ..geometry import LIMIT, CArm, rays
+from ..angles import LIMIT
+from ..geometry import CArm, rays
 
 # %% ../../nbs/12_drr/07_frame.ipynb #5a173f14
 def render_labels(

@@ -16,7 +16,8 @@ from ..ct.volume import CT
 from .metrics import psnr
 from .protocol import Protocol
 from .views import View, turned_views
-from ..geometry import AXES, LIMIT, CArm
+from ..angles import AXES, LIMIT
+from ..geometry import CArm
 from ..radiograph.image import Radiograph
 from ..register.register import JUDGED, Registrar
 

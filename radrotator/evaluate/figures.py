@@ -11,7 +11,7 @@ import numpy as np
 from .baselines import NOTHING
 from .consistency import Spread
 from .statistics import summary
-from ..geometry import AXES, LIMIT
+from ..angles import AXES, LIMIT
 
 # %% ../../nbs/41_evaluate/12_figures.ipynb #44955bd4
 def new_figure(

@@ -23,7 +23,8 @@ from .protocol import Protocol, compound_turns, pure_turns, sampling_ways
 from .rows import case_rows, fine_rows, view_row
 from .styles import style_rows
 from .views import View, ask_model, true_views
-from ..geometry import LIMIT, CArm
+from ..angles import LIMIT
+from ..geometry import CArm
 from ..register.pose import compose_poses
 from ..register.register import Registrar
 

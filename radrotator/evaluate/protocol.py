@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from ..core import RadRotatorError, rng
-from ..geometry import LIMIT
+from ..angles import LIMIT
 from ..register.pose import compose_poses
 
 # %% ../../nbs/41_evaluate/02_protocol.ipynb #3a1984be

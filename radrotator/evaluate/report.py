@@ -20,7 +20,7 @@ from .statistics import find_cell, summary, verdict
 from .styles import PLAIN, UNKNOWN
 from .tables import (back_table, collect_rows, depth_table, describe_depth, describe_learning,
                                         fine_table, format_figure, group_results, headline_table, style_table)
-from ..geometry import AXES
+from ..angles import AXES
 from ..html import render_page
 from ..register.register import JUDGED
 from ..rotate.rotator import RadRotator

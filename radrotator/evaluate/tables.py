@@ -16,7 +16,7 @@ from .judge import PatientResult
 from .protocol import BINS
 from .statistics import find_cell, summary
 from .styles import PLAIN
-from ..geometry import AXES
+from ..angles import AXES
 
 # %% ../../nbs/41_evaluate/11_tables.ipynb #82b502da
 def group_results(

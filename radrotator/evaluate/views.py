@@ -18,7 +18,8 @@ from ..drr.frame import fit_fov
 from ..drr.physics import Physics
 from ..drr.render import Renderer
 from .metrics import fine_energy, gradient_correlation, ncc, psnr, skill
-from ..geometry import AXES, CArm, inside_frame, rotation, turn_between
+from ..angles import AXES
+from ..geometry import CArm, inside_frame, rotation, turn_between
 from ..radiograph.image import Radiograph
 from ..register.pose import compose_poses
 from ..train.log import Comparison

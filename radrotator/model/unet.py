@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..geometry import LIMIT
+from ..angles import LIMIT
 
 # %% ../../nbs/20_model/02_unet.ipynb #26f5a175
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np, torch
 
 from ..batch import Batch, Feed, unit_range
 from ..core import rng
-from ..geometry import AXES
+from ..angles import AXES
 
 # %% ../../nbs/13_pairs/00_protocol.ipynb #0a4811b4
 def draw_couple(

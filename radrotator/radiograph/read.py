@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core import RadRotatorError, RadRotatorWarning, silence_loggers
+from ..core import RadRotatorError, RadRotatorWarning, check_input, silence_loggers
 from ..dicom import MAX_BYTES, DicomImage, check_size, choose_frame, codestream_shape, decode_jpeg
 from ..dicom import file_error, is_dicom, read_image, to_luminance
 from .image import Radiograph, to_unit
@@ -175,7 +175,7 @@ def read_radiograph(
         if p.is_dir():
             reason = "it is a folder. Give one file; a CT series goes to `radrotator drr`."
             raise file_error(path, reason, "NOT_A_RADIOGRAPH")
-        if not p.exists(): raise file_error(path, "no such file. Check the spelling.", "NO_FILE")
+        check_input(path)
         if not p.is_file():
             raise file_error(path, "it is no ordinary file. Give a DICOM, PNG, TIFF or JPEG file.", "UNREADABLE")
         radiograph = read_by_kind(path, frame)

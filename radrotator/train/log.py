@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import RadRotatorError, atomic_file
-from ..geometry import AXES
+from ..angles import AXES
 
 # %% ../../nbs/21_train/07_log.ipynb #35ecc0b0
 LOOK = 10  # steps between rows of the log

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ..core import RadRotatorError
 from ..model.diffusion import LAST, add_noise
-from ..geometry import LIMIT, REACH, CArm, look_up, slab_depths
+from ..angles import LIMIT
+from ..geometry import REACH, CArm, look_up, slab_depths
 from ..model.lift import crop_middle, Lift, LiftConfig, cumulative, layers
 from ..batch import SlabBatch
 from ..tone import quantile_knots

@@ -102,6 +102,17 @@ def save(self: Trainer):
 # %% ../../nbs/21_train/08_state.ipynb #fb7d0203
 FREE = "steps", "patience", "every"  # what may change in a run that is taken up again, as long as the rate does not follow the steps
 
+# %% ../../nbs/21_train/08_state.ipynb #e2a4c6f8
+def other_setting_error(
+    key: str,         # of the setting
+    before,           # its value when the run began
+    now,              # the value asked for
+    why: str = "",    # it cannot change
+) -> RadRotatorError:
+    "Make the error for a run that is to go on with another setting."
+    return RadRotatorError(f"cannot go on with this run: it was started with {key} = {before}, not {now}{why}. "
+                           "Go on with the same, or choose a new folder.", "OTHER_SETTING")
+
 # %% ../../nbs/21_train/08_state.ipynb #5a3551b8
 def check_same(
     before: dict,  # configuration of the run, as JSON gave it back
@@ -112,11 +123,14 @@ def check_same(
     free, drew = FREE[bool(now.get("decay")):], before.get("lift") is None
     if not path and drew != (now.get("lift") is None):
         kind = "draws views" if drew else "lifts"
-        raise RadRotatorError(f"the run was started with another kind of network, one that {kind}; go on with its preset, or choose a new folder")
+        raise RadRotatorError(f"cannot go on with this run: it was started with another kind of network, one that {kind}. "
+                              "Go on with its preset, or choose a new folder.", "OTHER_SETTING")
     for key in now:
         old, new = before.get(key), now[key]
         if isinstance(new, dict): check_same(old or {}, new, f"{path}{key}.")
-        elif old != new and (path or key not in free): raise RadRotatorError(f"the run was started with {path}{key} = {old}, not {new}{', and the rate falls with them' if key == 'steps' else ''}; go on with the same, or choose a new folder")
+        elif old != new and (path or key not in free):
+            why = ", and the rate falls with them" if key == "steps" else ""
+            raise other_setting_error(path + key, old, new, why)
 
 # %% ../../nbs/21_train/08_state.ipynb #dc0f23c1
 @patch

@@ -7,12 +7,12 @@ __all__ = ['lifting_sheet', 'chosen_by']
 
 # %% ../../nbs/21_train/09_trainer.ipynb #e085d7ea
 import math, time, warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 
 from .. import __version__
 from ..batch import Batch
@@ -20,6 +20,7 @@ from ..core import RadRotatorError, RadRotatorWarning, atomic_file, folder_lock
 from ..model.lift import Lift
 from ..model.weights import save_weights
 from ..pairs.live import OnTheFlyPairs, OnTheFlySlabs
+from ..progress import no_progress, show_progress
 from ..tone import from_signed
 from .config import GRAIN, PRECISIONS, TrainConfig, learning_rate
 from .log import Comparison, LOOK, Log, view_sheet
@@ -212,7 +213,7 @@ def set_aside(self: Trainer, batch: Batch):
     "Count sets that are damaged and CTs that are refused, and say it once."
     known = getattr(self.data, "quarantined", {}) | getattr(self.data, "refused", {})   # found when it was opened, or in the background
     for name, sentence in (*known.items(), *batch.quarantined):
-        if name not in self.quarantined: warnings.warn(f"{sentence}; training goes on without it", RadRotatorWarning)
+        if name not in self.quarantined: warnings.warn(f"{sentence.rstrip('.')}; training goes on without it", RadRotatorWarning)
         self.quarantined[name] = sentence
 
 # %% ../../nbs/21_train/09_trainer.ipynb #5f7e8bc5
@@ -242,6 +243,7 @@ def set_aside_by_all(self: Trainer) -> int: # sets and CTs
 @patch
 def fit(self: Trainer,
     minutes: float = math.inf,  # stop after so long, also before the last step
+    progress: Callable = show_progress, # shows the first process's steps
 ) -> str:                       # why it ended: "steps", "time", "patience" or "signal"
     "Train; log, validate and save on the way."
     if self.worn_out(): return "patience"
@@ -249,10 +251,11 @@ def fit(self: Trainer,
     self.folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(self.folder, wait=False) if main else nullcontext(), StopAsked() as stop, readers():
         log = Log(self.folder, self.step, self.machine.tensorboard) if main else None
-        bar = progress_bar(self.batches(), total=self.config.steps - self.step, display=main)
+        show = progress if main else no_progress
+        pace = ""
         said, waited, start = [], 0.0, time.monotonic()
         mark = ready = start
-        for batch in bar:
+        for batch in show(self.batches(), self.config.steps - self.step, lambda: pace):
             waited += time.monotonic() - ready
             self.set_aside(batch)
             said.append(self.train_step(batch))
@@ -260,7 +263,7 @@ def fit(self: Trainer,
             self.seconds, end = before + now - start, self.over(stop, now - start > 60*minutes)
             due = self.step % self.config.every == 0
             if due or end or self.step % LOOK == 0:
-                bar.comment = self.look(log, said, now - mark, waited, due or end in ("steps", "time"))
+                pace = self.look(log, said, now - mark, waited, due or end in ("steps", "time"))
                 end = end or ("patience" if due and self.worn_out() else "")
                 if due or end: self.save()
                 said, waited, mark = [], 0.0, time.monotonic()
