@@ -161,7 +161,7 @@ def run_checks() -> list[Check]: # what is needed first
     restore = "in a clone, git checkout -- radrotator and make demo"
     def name_weights(): return ", ".join(one["name"] for one in read_shipped_weights()) or None
     checks = [
-        run_check("weights", name_weights, "there is nothing to rotate with but --weights FILE", restore, True),
+        run_check("weights", name_weights, "radrotator rotate needs --weights FILE", restore, True),
         run_check("turn of a drawn pelvis", smoke_test, "radiographs cannot be rotated", restore, True),
         run_check("NVIDIA GPU", name_gpus, "training takes days instead of hours; to rotate, none is needed",
                   "where there is one: a CUDA build of PyTorch"),
