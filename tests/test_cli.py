@@ -104,7 +104,7 @@ BAD_RADIOGRAPHS = {"missing.png": "no such file", "letter.dcm": "not a DICOM", "
 BAD_CTS = {"missing.nii.gz": "no such file", "letter.dcm": "not a CT", "short.nii.gz": "cut short", "hip.dcm": "not CT", "hip.png": "not a CT", "series": "whole series|one CT slice",
            "series/slice.dcm": "whole series", "other": "no DICOM file", "slab.nii.gz": "slab.nii.gz: cannot choose a field of view: the CT is 160 mm tall"}
 BAD_ANGLES = {"16": "outside", "-15.5": "outside", "nan": "not a number", "inf": "not a number", "ten": "Invalid value", "": "Invalid value"}
-BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "end it in", "out": "end it in", "other": "end it in", "letter.dcm/out.png": "does not exist"}
+BAD_OUTPUTS = {"nowhere/out.png": "does not exist", "hip.png": "exists already", "out.bmp": "End it in", "out": "End it in", "other": "End it in", "letter.dcm/out.png": "does not exist"}
 
 
 def said(err, words): assert any(w in err for w in words.split("|")), err
