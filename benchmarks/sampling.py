@@ -128,7 +128,7 @@ def psnr(picture, reference): return -10*math.log10(max(((picture - reference)**
 def view_table(model, rounds):
     "Rows: a view by each solver; distance to the converged view of the same guidance, and to the truth"
     picture, truth = picture_and_truth(model)
-    view = lambda **asked: draw_batch(model.network, picture, [[0, 0, 12.0]], model.sampling(**asked))[0]
+    view = lambda **asked: draw_batch(model.network, picture, [[0, 0, 12.0]], model.choose_sampling(**asked))[0]
     ways = [dict(solver="ddim-leading", steps=200, guidance=g) for g in (4.0, 1.0)]
     ways += [dict(solver=solver, steps=steps, guidance=g) for g in (4.0, 1.0) for solver, steps in (("ddim", 200), ("ddim", 20), ("dpm", 20), ("dpm", 15), ("dpm", 10))] + [model.defaults]
     SOLVERS["ddim-leading"] = ddim, "leading"                                        # the paper's grid

@@ -136,7 +136,7 @@ def test_outputs(command, out, here, capfd):
 @pytest.mark.parametrize("words, why", [
     ("rotate hip.png -o out.png --weights gone.safetensors", "gone.safetensors"),
     ("rotate hip.png -o out.png --weights hip.png", "not a readable .safetensors"),
-    ("rotate hip.png -o out.png --device quantum", "choose auto, cpu or cuda"),
+    ("rotate hip.png -o out.png --device quantum", "Choose auto, cpu or cuda"),
     ("rotate hip.png -o out.png --steps 0", "--steps"),
     ("rotate hip.png -o out.png --guidance nan", "--guidance"),
     ("rotate hip.png -o out.png --detail nan", "--detail"),

@@ -200,5 +200,5 @@ def test_asking_for_the_protocol_does_not_load_the_judge():
     code = "import sys, radrotator.evaluate.protocol; print(*sys.modules)"
     words = [sys.executable, "-c", code]
     loaded = subprocess.run(words, env=os.environ | QUIET, capture_output=True, text=True, check=True).stdout.split()
-    cheap = "core", "geometry", "register", "register.pose", "evaluate", "evaluate.protocol"
+    cheap = "core", "angles", "geometry", "register", "register.pose", "evaluate", "evaluate.protocol"
     assert {name for name in loaded if name.startswith("radrotator.")} == {f"radrotator.{name}" for name in cheap}

@@ -22,8 +22,8 @@ from radrotator.ct.read import read_ct
 from radrotator.ct.report import REPORT_COLUMNS, read_report
 from radrotator.ct.volume import CT, REASONS
 from radrotator.phantom.phantom import phantom
-from radrotator.phantom.skeleton import skeleton
-from radrotator.phantom.solids import LABELS
+from radrotator.phantom.skeleton import make_skeleton
+from radrotator.phantom.grid import LABELS
 
 EASY = IngestConfig(spacing=2, min_slices=20, coverage=False, salt="salt of the tests")
 BODY = body()
@@ -586,7 +586,7 @@ def test_proposals_at_random_levels():
         ct = phantom(seed, 4.0, soft=True)
         z = ct.affine[2, 3] + 4*np.arange(ct.shape[2])
         crest = z[np.isin(ct.labels, [LABELS["hip_left"], LABELS["hip_right"]]).any((0, 1))].max()
-        bones = skeleton(seed).bones
+        bones = make_skeleton(seed).bones
         lesser = min(bones[f"femur_{side}"][-1].triangles[..., 2].mean() for side in ("left", "right"))
         low = lesser + random.uniform(-90, 40)
         high = crest + random.uniform(-40, 90)

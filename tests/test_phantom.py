@@ -5,24 +5,29 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from radrotator.core import RadRotatorError, shared_data
-from radrotator.phantom.atlas import BoneAtlas, load_surfaces
-from radrotator.phantom.pelvis import BONES, FEMORA
-from radrotator.phantom.phantom import member, phantom, population
-from radrotator.phantom.skeleton import skeleton
-from radrotator.phantom.solids import LABELS
-from radrotator.phantom.surfaces import PATIENTS, patient_folds
+from radrotator.core import RadRotatorError, error_code, shared_data
+from radrotator.phantom.atlas import BoneAtlas
+from radrotator.phantom.grid import BONES, FEMORA, LABELS
+from radrotator.phantom.phantom import member, phantom
+from radrotator.phantom.shapes import PATIENTS, patient_folds
+from radrotator.phantom.skeleton import make_skeleton
+from radrotator.phantom.surfaces import load_surfaces
 
 FILES = "left/LeftHip{}_cpd.vtk", "right/RightHip{}_cpd.vtk", "sacrum/Sacrum{}_cpd.vtk"  # as published
 
 
 def balls(patients, rings=6, around=9):
     "Three ellipsoids a patient, in correspondence: RAS vertices (P, 3, V, 3) and faces"
-    theta, phi = np.meshgrid(np.linspace(0.2, np.pi - 0.2, rings), np.linspace(0, 2*np.pi, around, endpoint=False), indexing="ij")
+    polar, azimuth = np.linspace(0.2, np.pi - 0.2, rings), np.linspace(0, 2*np.pi, around, endpoint=False)
+    theta, phi = np.meshgrid(polar, azimuth, indexing="ij")
     ball = np.stack([np.sin(theta)*np.cos(phi), np.sin(theta)*np.sin(phi), np.cos(theta)], -1).reshape(-1, 3)
-    at = lambda r, a: r*around + a % around
-    faces = [t for r in range(rings - 1) for a in range(around) for t in ((at(r, a), at(r + 1, a), at(r, a + 1)), (at(r + 1, a + 1), at(r, a + 1), at(r + 1, a)))]
-    shapes = np.stack([[ball*[30, 40, 60 + p % 7] + [x, 0, 0] for x in (-90, 90)] + [ball*[40, 20, 40] + [0, -60, 30]] for p in patients])
+    def at(r, a): return r*around + a % around
+    faces = []
+    for r in range(rings - 1):
+        for a in range(around):
+            faces += [(at(r, a), at(r + 1, a), at(r, a + 1)), (at(r + 1, a + 1), at(r, a + 1), at(r + 1, a))]
+    hips = [[ball*[30, 40, 60 + p % 7] + [x, 0, 0] for x in (-90, 90)] for p in patients]
+    shapes = np.stack([[*pair, ball*[40, 20, 40] + [0, -60, 30]] for pair in hips])
     return shapes - shapes.mean((1, 2), keepdims=True), {b: np.array(faces) for b in BONES}
 
 
@@ -48,11 +53,13 @@ def test_folder_gives_what_was_written(folder):
     assert patients.tolist() == list(range(1, 10))  # by number, not by name
     np.testing.assert_allclose(read, vertices, atol=1e-3)
     for b in BONES: assert (triangles[b] == faces[b]).all()
-    assert (read[:, 0, :, 0].mean(1) < 0).all() and (read[:, 1, :, 0].mean(1) > 0).all()  # RAS+: the patient's left at −x
+    left, right = read[:, 0, :, 0].mean(1), read[:, 1, :, 0].mean(1)
+    assert (left < 0).all() and (right > 0).all()  # RAS+
 
 
 def test_names_are_taken_loosely(tmp_path):
-    publish(tmp_path, range(8), *balls(range(8)), ("patient{}-hip-LEFT.vtk", "Right/{}.vtk", "all/the_sacrum_{:03d}_v2.vtk"))
+    files = "patient{}-hip-LEFT.vtk", "Right/{}.vtk", "all/the_sacrum_{:03d}_v2.vtk"
+    publish(tmp_path, range(8), *balls(range(8)), files)
     assert load_surfaces(tmp_path)[0].tolist() == list(range(8))
 
 
@@ -67,27 +74,36 @@ def test_folds_do_not_depend_on_who_else_is_there():
     assert set(patient_folds(range(100))) == set(range(1, 8))
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda f: (f/"sacrum/Sacrum4_cpd.vtk").unlink(), "patient 4 has no sacrum"),
-    (lambda f: (f/"left/LeftHip2_cpd.vtk").write_text("# vtk DataFile Version 4.0\nvtk"), "LeftHip2_cpd.vtk: VTK reads no triangulated surface"),
-    (lambda f: (f/"left/LeftHip2_cpd.vtk").write_bytes(b"\0\1\2"), "LeftHip2_cpd.vtk: VTK reads no triangulated surface"),
-    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip_cpd.vtk"), "tells no bone"),
-    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"femur2.vtk"), "tells no bone"),
-    (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip3.vtk"), "another hip_left of patient 3"),
-    (lambda f: publish(f, [3], *balls([3], rings=5)), "cannot be in correspondence"),
-    (lambda f: publish(f, [1], balls([1])[0][:, [1, 0, 2]], balls([1])[1]), "the folder must be in LPS"),
-    (lambda f: [p.unlink() for p in f.rglob("*[2-9]_cpd.vtk")], "patients ≥ 8"),
-    (lambda f: [p.unlink() for p in f.rglob("*.vtk")], "no .vtk surfaces")])
-def test_what_does_not_fit_is_refused_by_name(folder, damage, says):
+DAMAGE = {  # what is done to a folder -> the code of the refusal, and what the sentence must name
+    "missing": (lambda f: (f/"sacrum/Sacrum4_cpd.vtk").unlink(), "SURFACE_MISSING", "patient 4 has no sacrum"),
+    "short": (lambda f: (f/"left/LeftHip2_cpd.vtk").write_text("# vtk DataFile Version 4.0\nvtk"),
+              "SURFACE_UNREADABLE", "LeftHip2_cpd.vtk"),
+    "noise": (lambda f: (f/"left/LeftHip2_cpd.vtk").write_bytes(b"\0\1\2"), "SURFACE_UNREADABLE", "LeftHip2_cpd.vtk"),
+    "no number": (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip_cpd.vtk"),
+                  "SURFACE_NAME", "LeftHip_cpd.vtk"),
+    "no bone": (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"femur2.vtk"), "SURFACE_NAME", "femur2.vtk"),
+    "twice": (lambda f: (f/"left/LeftHip2_cpd.vtk").rename(f/"left/LeftHip3.vtk"),
+              "SURFACE_TWICE", "hip_left of patient 3"),
+    "other vertices": (lambda f: publish(f, [3], *balls([3], rings=5)), "NOT_CORRESPONDING", "LeftHip3_cpd.vtk"),
+    "sides": (lambda f: publish(f, [1], balls([1])[0][:, [1, 0, 2]], balls([1])[1]), "NOT_LPS", "LeftHip1_cpd.vtk"),
+    "few": (lambda f: [p.unlink() for p in f.rglob("*[2-9]_cpd.vtk")], "BAD_VERTICES", "patients ≥ 8"),
+    "none": (lambda f: [p.unlink() for p in f.rglob("*.vtk")], "NO_SURFACES", "surface")}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_refused_by_name(folder, kind):
+    damage, code, names = DAMAGE[kind]
     damage(folder)
-    with pytest.raises(RadRotatorError, match=".") as error: load_surfaces(folder)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(RadRotatorError) as error: load_surfaces(folder)
+    assert error.value.code == code
+    assert names in str(error.value) and "\n" not in str(error.value)
 
 
 def test_packed_file_and_published_folder_are_one_atlas(tmp_path):
     path = shared_data("pelvis_atlas", "pelvis_atlas.npz")
     if not path: pytest.skip("no bone atlas here")
-    with np.load(path) as z: publish(tmp_path, z["patient"], z["vertices"].astype(float), {b: z["faces_" + b] for b in BONES})
+    with np.load(path) as z:
+        publish(tmp_path, z["patient"], z["vertices"].astype(float), {b: z["faces_" + b] for b in BONES})
     one, other = BoneAtlas.read(path), BoneAtlas.read(tmp_path)
     assert (one.folds == other.folds).all()
     np.testing.assert_allclose(one.vertices, other.vertices, atol=2e-3)
@@ -110,32 +126,41 @@ def whole_pelves(path, patients=14):
     return vertices, faces
 
 
+def middles(vertices, faces):
+    "Middles of the triangles of (P, V, 3), sorted"
+    return np.sort(vertices[:, faces].mean(2).round(3), axis=1)
+
+
+def volume(vertices, faces):
+    "Six times the volume within a closed surface: negative where it is inside out"
+    return np.einsum("ij,ij->", vertices[faces[:, 0]], np.cross(vertices[faces[:, 1]], vertices[faces[:, 2]]))
+
+
 def test_whole_pelves_fall_into_bones(tmp_path):
     vertices, _ = whole_pelves(tmp_path/"a.npz")
     patients, read, faces = load_surfaces(tmp_path/"a.npz")
     assert patients.min() >= 1000 and list(faces) == [*BONES, *FEMORA] and read.shape[:2] == (14, 5)
     for i, bone in enumerate(BONES):  # the same triangles, whatever the order of their vertices
-        corner = lambda v, f: np.sort(v[:, f].mean(2).round(3), axis=1)
-        as_written = corner(vertices[:, i], balls([0])[1][bone])
-        np.testing.assert_allclose(corner(read[:, i], faces[bone]), as_written, atol=1e-2)
-    outward = lambda v, f: np.einsum("ij,ij->", v[f[:, 0]], np.cross(v[f[:, 1]], v[f[:, 2]]))
+        written = middles(vertices[:, i], balls([0])[1][bone])
+        np.testing.assert_allclose(middles(read[:, i], faces[bone]), written, atol=1e-2)
     left, right = (read[0, k] - read[0, k].mean(0) for k in (3, 4))
-    assert outward(left, faces["femur_left"])*outward(right, faces["femur_right"]) > 0  # not inside out
+    assert volume(left, faces["femur_left"])*volume(right, faces["femur_right"]) > 0  # not inside out
 
 
 @pytest.mark.parametrize("key", ["femur_right_mirrored", "faces_pelvis", "faces_femur"])
 def test_whole_pelves_need_all_their_parts(tmp_path, key):
     whole_pelves(tmp_path/"a.npz")
     with np.load(tmp_path/"a.npz") as z: np.savez(tmp_path/"b.npz", **{k: z[k] for k in z if k != key})
-    with pytest.raises(RadRotatorError, match="not a bone atlas"): load_surfaces(tmp_path/"b.npz")
+    assert error_code(lambda: load_surfaces(tmp_path/"b.npz")) == "NOT_AN_ATLAS"
 
 
-def digest(i): return member(i, 4, 6.0, implants=0.4, fractures=0.5, lost=0.5).hu
+def make_hu(i): return member(i, 4, 6.0, implants=0.4, fractures=0.5, lost=0.5).hu
 
 
 def test_members_are_the_same_in_any_process():
-    here = [ct.hu for ct in population(4, 4, spacing=6.0, implants=0.4, fractures=0.5, lost=0.5)]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool: there = list(pool.map(digest, reversed(range(4))))
+    here = [make_hu(i) for i in range(4)]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        there = list(pool.map(make_hu, reversed(range(4))))
     for a, b in zip(here, reversed(there)): assert np.array_equal(a, b)
 
 
@@ -174,8 +199,8 @@ def test_what_lies_on_a_table_is_flat_behind():
         wide = np.flatnonzero(level.any(1))
         middle = wide[len(wide)//4:-(len(wide)//4)]
         back, front = np.argmax(level[middle], 1)*4.0, np.argmax(level[middle, ::-1], 1)*4.0
-        slope = lambda v: v - np.polyval(np.polyfit(middle, v, 1), middle)
-        assert slope(back).std() < 9 and slope(back).std() < slope(front).std() + 3
+        behind, ahead = (np.std(v - np.polyval(np.polyfit(middle, v, 1), middle)) for v in (back, front))
+        assert behind < 9 and behind < ahead + 3
 
 
 def test_broken_lost_and_cut_out():
@@ -185,9 +210,11 @@ def test_broken_lost_and_cut_out():
         assert np.unique(whole.hu[whole.labels == 0]).tolist() == [-1000]
     kinds = {tuple(np.unique(phantom(seed, 8.0, soft=False, lost=True).labels)) for seed in range(12)}
     assert len(kinds) > 4
-    assert len(skeleton(1, fractured=True).bones) > len(skeleton(1).bones)
+    assert len(make_skeleton(1, fractured=True).bones) > len(make_skeleton(1).bones)
 
 
 def test_shares_of_a_population():
-    seen = [member(i, 0, 8.0, soft=False, segmented=share) for i in range(3) for share in (0, 1)]
-    assert [bool((ct.hu[ct.labels == 0] > -1000).any()) for ct in seen] == [True, False]*3  # a soft edge, or none
+    for i in range(3):
+        soft_edge, cut_out = (member(i, 0, 8.0, soft=False, segmented=share) for share in (0, 1))
+        assert (soft_edge.hu[soft_edge.labels == 0] > -1000).any()
+        assert (cut_out.hu[cut_out.labels == 0] == -1000).all()

@@ -14,7 +14,7 @@ from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.radiograph.image import Radiograph
 from radrotator.radiograph.write import burn_mark
-import radrotator.rotate.frames as frames_room, radrotator.rotate.rotator as rotator
+from radrotator.rotate import frames as frames_room, rotator
 from radrotator.rotate.figure import montage
 from radrotator.rotate.rotator import RadRotator
 from radrotator.rotate.video import fit_to_film, read_frame
@@ -223,7 +223,7 @@ def work(path, killed_at=None, resume=False, **asked):
 def processes():
     "Processes that begin with everything imported"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["radrotator.rotate.rotator", "radrotator.radiograph", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
+    context.set_forkserver_preload(["radrotator.rotate.rotator", "radrotator.radiograph.write", "scipy.ndimage", "skimage.transform", "imageio_ffmpeg"])
     return context
 
 

@@ -133,7 +133,7 @@ def velocity_loss(
 def reverse_step(
     t: torch.Tensor,  # int steps of any shape
     s: torch.Tensor,  # earlier steps; −1 is the clean image
-) -> tuple[torch.Tensor, ...]: # β, β̃, weight of x_0 in the mean, weight of x_t in the mean: each float64, shape of t
+) -> tuple[torch.Tensor, ...]: # β, β̃, weights of x_0 and of x_t in the mean: each float64, shape of t
     "The Gaussian q(x_s | x_t, x_0)."
     now, before = signal(t), signal(s)
     beta = 1 - now/before

@@ -33,13 +33,14 @@ def _read_checkpoint(path):
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = sorted(name for name in named if not name.startswith("omegaconf.") and name not in _HUSKS)
         if foreign:
-            sentence = f"cannot read {path}: it holds objects of {foreign[0]}, which could run code. "
-            raise RadRotatorError(sentence + "Where you trust it, save its state_dict and ema_state_dict alone.", "FOREIGN_OBJECTS")
+            raise RadRotatorError(f"cannot read {path}: it holds objects of {foreign[0]}, which could run code. "
+                                  "Where you trust it, save only its state_dict and ema_state_dict.", "FOREIGN_OBJECTS")
         husks = [(type("Husk", (_Husk,), {}), name) for name in named]
         with torch.serialization.safe_globals(husks):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise RadRotatorError(f"cannot read {path}: there is no such checkpoint. Check the name.", "NO_CHECKPOINT") from None
+        sentence = f"cannot read {path}: there is no such checkpoint. Check the name."
+        raise RadRotatorError(sentence, "NO_CHECKPOINT") from None
     except RadRotatorError: raise
     except Exception: raise not_one from None           # a damaged pickle can raise anything
     if not isinstance(content, dict): raise not_one

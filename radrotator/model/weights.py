@@ -57,7 +57,8 @@ def load_weights(
         with safe_open(path, "pt", device=str(device)) as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}
     except FileNotFoundError:
-        raise RadRotatorError(f"cannot read {path}: there is no weights file here. Check the name.", "NO_WEIGHTS") from None
+        sentence = f"cannot read {path}: there is no weights file here. Check the name."
+        raise RadRotatorError(sentence, "NO_WEIGHTS") from None
     except (SafetensorError, OSError):
         raise RadRotatorError(f"cannot read {path}: it is not a readable .safetensors file. It may be damaged; "
                               "give another one.", "NOT_SAFETENSORS") from None

@@ -6,13 +6,12 @@
 __all__ = ['FOLDS', 'TRAIN', 'VALIDATE', 'TEST', 'assign_folds', 'read_folds', 'write_folds']
 
 # %% ../../nbs/13_pairs/01_folds.ipynb #7787f360
-import csv
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from ..core import RadRotatorError, atomic_file, folder_lock, read_csv, rng
+from ..core import RadRotatorError, folder_lock, read_csv, rng, write_csv
 
 # %% ../../nbs/13_pairs/01_folds.ipynb #59b6aa1d
 FOLDS = (1, 2, 3, 4, 5, 6, 7)
@@ -59,25 +58,6 @@ def assign_folds(
         count.update((folds[patient], stratum) for stratum in alike)
     return folds
 
-# %% ../../nbs/13_pairs/01_folds.ipynb #cf9d9e28
-def _remove_leftovers(
-    folder: Path,  # in which nobody else is writing
-):
-    "Remove what a killed process left half-written (see `atomic_file`)."
-    for path in folder.glob(".*-*"): path.unlink(missing_ok=True)
-
-# %% ../../nbs/13_pairs/01_folds.ipynb #b9c2360b
-def _write_csv(
-    path: Path,  # .csv
-    columns,     # their names
-    rows,        # dicts with these keys
-):
-    "Write rows as a table."
-    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(rows)
-
 # %% ../../nbs/13_pairs/01_folds.ipynb #a323b3a0
 def check_separation(
     places,  # (name, patient, fold) of everything at hand, not only of the folds wanted
@@ -122,5 +102,5 @@ def write_folds(
         folds = assign_folds(rows, seed, dict(before.values()))
         places = before | {row["name"]: (row["patient"], folds[row["patient"]]) for row in rows}
         lines = [dict(name=name, patient=patient, fold=fold) for name, (patient, fold) in sorted(places.items())]
-        if places != before: _write_csv(path, ("name", "patient", "fold"), lines)
+        if places != before: write_csv(path, ("name", "patient", "fold"), lines)
     return places

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numba
 
-from ..core import RadRotatorError, folder_lock, parallel_map, rng
+from ..core import RadRotatorError, folder_lock, parallel_map, remove_leftovers, rng, write_csv
 from ..ct.volume import Refusal
-from .folds import _remove_leftovers, _write_csv
 from .plan import Job, SetPlan
 from .protocol import draw_poses
 from .sets import is_whole, read_manifest, sets_in, write_manifest, write_set
@@ -59,7 +58,7 @@ def make_set(
     target = folder/job.name
     target.mkdir(parents=True, exist_ok=True)
     with folder_lock(target):
-        _remove_leftovers(target)
+        remove_leftovers(target)
         try: status = _render_job(job, target, plan)
         except RadRotatorError as error:
             (target/"manifest.json").unlink(missing_ok=True)  # what was there before is not of this CT
@@ -146,9 +145,9 @@ def ct_sets(
     rows = make_sets(jobs, sets, plan, workers, progress)
     rows += orphan_sets(sets, {job.name for job in jobs}, shard)
     with folder_lock(sets):
-        _remove_leftovers(sets)
+        remove_leftovers(sets)
         columns = tuple(report_row(jobs[0])) if jobs else ()
-        _write_csv(sets/("report.csv" if n == 1 else f"report-{i}-of-{n}.csv"), columns, rows)
+        write_csv(sets/("report.csv" if n == 1 else f"report-{i}-of-{n}.csv"), columns, rows)
     return rows
 
 # %% ../../nbs/13_pairs/06_jobs.ipynb #a2d1250c

@@ -16,7 +16,7 @@ from ..ct.volume import CT
 from ..drr.render import Renderer
 from ..geometry import CArm, rotation, slab_planes
 from .plan import SetPlan
-from ..phantom.solids import LABELS
+from ..phantom.grid import LABELS
 
 # %% ../../nbs/13_pairs/04_slabs.ipynb #36c38f7a
 DENSE_HU = 200.0  # from here on, without labels, a voxel counts as bone or metal

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/02_drawn.ipynb #bf835226
+# %% ../../nbs/31_rotate/02_drawn.ipynb #5b9a1613
 from collections.abc import Callable, Iterator
 
 import numpy as np, torch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['montage']
 
-# %% ../../nbs/31_rotate/07_figure.ipynb #aed8adf9
+# %% ../../nbs/31_rotate/07_figure.ipynb #d6ae04b9
 from itertools import zip_longest
 
 from ..radiograph.image import Radiograph

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/05_frames.ipynb #102cd8af
+# %% ../../nbs/31_rotate/05_frames.ipynb #73d6468d
 import contextlib, csv, hashlib, json, os, re
 from collections.abc import Callable
 from itertools import islice

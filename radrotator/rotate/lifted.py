@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/01_lifted.ipynb #5a05d139
+# %% ../../nbs/31_rotate/01_lifted.ipynb #e0fd3062
 from collections.abc import Iterator
 
 import numpy as np, torch

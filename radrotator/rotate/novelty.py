@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/03_novelty.ipynb #f53597b7
+# %% ../../nbs/31_rotate/03_novelty.ipynb #12c48d5c
 import base64
 from collections.abc import Iterator
 

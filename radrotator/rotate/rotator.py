@@ -39,7 +39,7 @@ def pick_device(
     "Find the device that is meant, or refuse."
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        sentence = f"cannot compute on {device!r}: there is no such device. Please choose auto, cpu or cuda."
+        sentence = f"cannot compute on {device!r}: there is no such device. Choose auto, cpu or cuda."
         raise RadRotatorError(sentence, "NO_DEVICE")
     if device.startswith("cuda") and not torch.cuda.is_available():
         sentence = f"cannot compute on {device}: PyTorch finds no CUDA GPU here. Choose auto or cpu."
@@ -111,7 +111,7 @@ def __repr__(self: RadRotator) -> str:
 
 # %% ../../nbs/31_rotate/06_rotator.ipynb #68d66f4d
 @patch
-def sampling(self: RadRotator,
+def choose_sampling(self: RadRotator,
     **asked,   # solver, steps, seed, detail or guidance and tone; None: the weights' default
 ) -> Sampling: # complete and checked
     "Complete what is asked for by the weights' defaults."
@@ -120,10 +120,10 @@ def sampling(self: RadRotator,
 
 @patch
 def sampling_options(self: RadRotator,
-    **asked, # as for `sampling`
+    **asked, # as for `choose_sampling`
 ) -> dict:   # name → value
     "List how views are made, for reports."
-    return self.sampling(**asked).options()
+    return self.choose_sampling(**asked).options()
 
 # %% ../../nbs/31_rotate/06_rotator.ipynb #6d63f251
 @patch
@@ -142,10 +142,10 @@ def describe_view(self: RadRotator,
     turned: str,        # by what angles
     crop: bool = False, # whether collimation borders were left out
     sampling: Sampling | None = None, # how; None: as asked
-    **asked,            # as for `sampling`
+    **asked,            # as for `choose_sampling`
 ) -> str:               # for headers and captions
     "Say how a view was made."
-    options = (sampling or self.sampling(**asked)).options()
+    options = (sampling or self.choose_sampling(**asked)).options()
     how = ", ".join(f"{name} {'as given' if value is None else value}" for name, value in options.items())
     borders = ", borders left out" if crop else ""
     return f"Patient turned {turned}{borders}; weights {self.fingerprint()[:12]}, {how}; radrotator {__version__}"
@@ -198,7 +198,7 @@ def views(self: RadRotator,
 ) -> Iterator[Radiograph]: # N views, in the input's frame and tones
     "Give any views of a radiograph, one after the other."
     vectors = np.stack([check_angles(*vector) for vector in np.asarray(vectors).tolist()])
-    how = sampling or self.sampling(**asked)
+    how = sampling or self.choose_sampling(**asked)
     if batch < 1:
         sentence = f"cannot make {batch} views at a time: that is too few. Give a number from 1 on."
         raise RadRotatorError(sentence, "BATCH")
@@ -224,7 +224,7 @@ def rotate(self: RadRotator,
     crop: bool = False,             # leave collimation borders out for the network, and put them back afterwards
 ) -> Radiograph:                    # the same frame, the patient turned
     "Turn the patient in a radiograph."
-    sampling = self.sampling(steps=steps, guidance=guidance, solver=solver, seed=seed, detail=detail)
+    sampling = self.choose_sampling(steps=steps, guidance=guidance, solver=solver, seed=seed, detail=detail)
     view = next(self.views(radiograph, [[x, y, z]], crop=crop, watch=watch, sampling=sampling))
     turned = f"by Rz·Ry·Rx: x = {x:g}°, y = {y:g}°, z = {z:g}°"
     return replace(view, source=self.describe_view(turned, crop, sampling))
@@ -295,7 +295,7 @@ def write_sweep(self: RadRotator,
     _check_film(frames, fps)
     path, encode = choose_encoder(path)
     given = fit_to_film(as_radiograph(radiograph)) if encode else as_radiograph(radiograph)
-    sampling = self.sampling(**asked)
+    sampling = self.choose_sampling(**asked)
     text = self.describe_view(f"about {axis} from {-span:g}° to {span:g}°", crop, sampling)
     settings = sweep_manifest(given, self.fingerprint(), self.device, axis=axis, span=span, frames=frames,
                               label=label, crop=crop, batch=batch, sampling=sampling.options())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/31_rotate/04_video.ipynb #74c3b63c
+# %% ../../nbs/31_rotate/04_video.ipynb #27b09a42
 import contextlib, subprocess, warnings
 from collections.abc import Callable
 from dataclasses import replace

@@ -213,7 +213,7 @@ def set_aside(self: Trainer, batch: Batch):
     "Count sets that are damaged and CTs that are refused, and say it once."
     known = getattr(self.data, "quarantined", {}) | getattr(self.data, "refused", {})   # found when it was opened, or in the background
     for name, sentence in (*known.items(), *batch.quarantined):
-        if name not in self.quarantined: warnings.warn(f"{sentence}; training goes on without it", RadRotatorWarning)
+        if name not in self.quarantined: warnings.warn(f"{sentence.rstrip('.')}; training goes on without it", RadRotatorWarning)
         self.quarantined[name] = sentence
 
 # %% ../../nbs/21_train/09_trainer.ipynb #5f7e8bc5
