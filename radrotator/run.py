@@ -309,7 +309,8 @@ def fit_run(
     progress: Callable,   # of steps
 ) -> RunOutcome | None:   # None: the first process has it
     "Write down the request, and train."
-    folder, is_main = trainer.folder, trainer.accelerator.is_main_process
+    folder = trainer.folder
+    is_main = trainer.accelerator.is_main_process
     processes = trainer.accelerator.num_processes
     if is_main:
         folder.mkdir(exist_ok=True)

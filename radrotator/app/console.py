@@ -26,7 +26,7 @@ COMMAND_GROUPS = {
     "Trouble": ("doctor",),
 }
 OPTION_HELP = {
-    "--install-completion": "let the Tab key of this shell complete our words",
+    "--install-completion": "let the Tab key of this shell complete commands",
     "--show-completion": "print the script that does so",
     "-h, --help": "show this; COMMAND --help explains a command",
 }  # Typer's own texts take a screen
@@ -72,7 +72,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,  # of the parser
-    version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False,  # and leave
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,  # and exit
 ):
     """Turn the patient in a plain radiograph, by up to 15° about each axis, and make what that takes.
     Research software, not for diagnosis."""
@@ -104,7 +104,7 @@ def format_error(
         text = f"{error.format_message().rstrip('. ')}; see {path} --help"
     elif isinstance(error, OSError):
         where = error.filename or "the disk"
-        text = f"{where}: {error.strerror}; choose another place, or make it fit to be read and written"
+        text = f"{where}: {error.strerror}; choose another place, or make this one readable and writable"
     return " ".join(text.split("\n"))
 
 # %% ../../nbs/50_app/00_console.ipynb #d2c754ed

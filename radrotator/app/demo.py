@@ -227,7 +227,8 @@ def demo_command(
     with terminal_bar("reading"): volumes, pictures = read_demo_inputs(ct, radiograph)
     from radrotator.evaluate.report import to_json
     model, name = load_model(weights, device)
-    items, total = turn_all(model, volumes, pictures, seed), 2 + len(ct) + max(1, len(radiograph))
+    items = turn_all(model, volumes, pictures, seed)
+    total = 2 + len(ct) + max(1, len(radiograph))
     rows = []
     with atomic_folder(out) as folder:
         for item in terminal_progress(items, total, "turning"):

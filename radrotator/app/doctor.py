@@ -161,7 +161,7 @@ def run_checks() -> list[Check]: # what is needed first
     restore = "in a clone, git checkout -- radrotator and make demo"
     def name_weights(): return ", ".join(one["name"] for one in read_shipped_weights()) or None
     checks = [
-        run_check("weights", name_weights, "there is nothing to rotate with but --weights FILE", restore, True),
+        run_check("weights", name_weights, "radrotator rotate needs --weights FILE", restore, True),
         run_check("turn of a drawn pelvis", smoke_test, "radiographs cannot be rotated", restore, True),
         run_check("NVIDIA GPU", name_gpus, "training takes days instead of hours; to rotate, none is needed",
                   "where there is one: a CUDA build of PyTorch"),
@@ -199,9 +199,9 @@ def format_check(
     width: int,    # of names
 ) -> str:          # a line
     "Write a check as a line."
-    if check.found is not None: mark, text = "ok", check.found
-    else: mark, text = "NEEDED" if check.needed else "no", f"{check.without}; {check.remedy}"
-    return f"{mark:6}  {check.name:{width}}  {text}"
+    if check.found is not None: return f"ok      {check.name:{width}}  {check.found}"
+    mark = "NEEDED" if check.needed else "no"
+    return f"{mark:6}  {check.name:{width}}  {check.without}; {check.remedy}"
 
 # %% ../../nbs/50_app/07_doctor.ipynb #f3f95121
 def format_weights(
@@ -241,7 +241,8 @@ def doctor_command(
 ) -> Result:
     "Show versions, devices, weights, what is missing. Exit status 0 if radiographs can be rotated here."
     with terminal_bar("trying"):
-        checks, known = run_checks(), describe_system(paths)
+        checks = run_checks()
+        known = describe_system(paths)
         try: known |= dict(gpus=list_gpus(), weights=read_shipped_weights())
         except Exception: known |= dict(gpus=[], weights=[])        # a check has said why
     ready = all(check.found is not None for check in checks if check.needed)

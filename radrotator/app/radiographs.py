@@ -129,7 +129,8 @@ def sweep_command(
     novelty = warn_of_novelty(model, given, crop)
     film = dict(frames=frames, span=span, fps=fps, bounce=bounce, crop=crop)
     asked = dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
-    began, show = time.perf_counter(), partial(terminal_progress, words="frames")
+    show = partial(terminal_progress, words="frames")
+    began = time.perf_counter()
     try: written = model.write_sweep(given, out, axis.value, label=label, resume=resume, progress=show, **film, **asked)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command with --resume goes on with the frames that are finished") from None

@@ -171,7 +171,8 @@ def judgement_result(
     known: dict,   # as from `write_report`
 ) -> Result:
     "Make the command's result of a report."
-    texts, groups = [], {}
+    texts = []
+    groups = {}
     for group, figures in known["groups"].items():
         texts.append(f"{group} ({len(figures['patients'])})\n\n{markdown_table(figures['headline'])}")
         groups[group] = {key: figures[key] for key in ("patients", "headline", "summary")}
@@ -211,7 +212,8 @@ def evaluate_command(
 ) -> Result | None:
     "Judge a model on CTs, where every view is known. Writes report.html, which needs no other file, and report.json."
     check_output(out)
-    patients, settings = list_patients(cts, phantoms, bones), parse_settings(settings) or {}
+    patients = list_patients(cts, phantoms, bones)
+    asked = parse_settings(settings) or {}
     from radrotator.evaluate.judge import judge
     from radrotator.evaluate.protocol import Protocol
     from radrotator.evaluate.report import write_report
@@ -219,10 +221,12 @@ def evaluate_command(
     from radrotator.train.config import with_settings
     from radrotator.train.machine import join
     began = time.perf_counter()
-    protocol, device = with_settings(Protocol(seed=seed), settings), pick_device(device)
+    protocol = with_settings(Protocol(seed=seed), asked)
+    device = pick_device(device)
     accelerator = join(device)
-    place, sampling = local_device(device), dict(steps=steps, guidance=guidance)
+    place = local_device(device)
     model, name = load_model(weights, place)
+    sampling = dict(steps=steps, guidance=guidance)
     show = partial(main_progress(accelerator, terminal_progress), words="judging")
     found, left_out = judge(model, patients, protocol, accelerator, show, **sampling)
     accelerator.end_training()

@@ -161,7 +161,9 @@ def make_controls(self: RotationExplorer):
     self.invert = box("negative: bone is dark in the file")
     self.reset_button = W.Button(description="Reset", tooltip="all controls as they were at first",
                                  layout=W.Layout(width="auto"))
-    self.familiar, self.trouble, self.status = W.HTML(), W.HTML(), W.HTML()
+    self.familiar = W.HTML()
+    self.trouble = W.HTML()
+    self.status = W.HTML()
 
 # %% ../../nbs/50_app/14_widget.ipynb #f207096a
 @patch

@@ -101,6 +101,14 @@ def defaults(self: RadRotator) -> dict: # solver, steps; and detail, or guidance
     kind = dict(detail=1.0) if self.lifts else dict(guidance=1.0, tone=None)
     return dict(solver="ddim", steps=1) | kind | self.about.get("sampling", {})
 
+# %% ../../nbs/31_rotate/06_rotator.ipynb #f0a1b2c3
+@patch
+def __repr__(self: RadRotator) -> str:
+    "Say in one line what it is."
+    kind = "lifts radiographs" if self.lifts else "draws views"
+    numbers = sum(parameter.numel() for parameter in self.network.parameters())
+    return f"<RadRotator: {kind} at {self.size}² pixels, {numbers/1e6:.1f} million parameters, on {self.device}>"
+
 # %% ../../nbs/31_rotate/06_rotator.ipynb #68d66f4d
 @patch
 def choose_sampling(self: RadRotator,
