@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'quiet_dicom', 'is_dicom', 'read_dicom', 'modality', 'read_numbers', 'read_integer',
-           'read_code', 'check_size', 'decode_pixels', 'choose_frame', 'pick_frame']
+           'read_code', 'check_size', 'decode_pixels', 'choose_frame']
 
 # %% ../nbs/03_dicom.ipynb #46b7aefe
-import copy, io, os, struct, zlib
+import io, os, struct, zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 
+from .codestream import SampleLayout, decode_codestream, extract_samples, read_codestream
 from .core import RadRotatorError, silence_loggers
 
 # %% ../nbs/03_dicom.ipynb #c590bee4
@@ -30,7 +30,7 @@ VOILUTFunction VOILUTSequence RedPaletteColorLookupTableDescriptor GreenPaletteC
 BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData
 BluePaletteColorLookupTableData
 """.split()
-OVERLAY_BITS = [0x6000_0102 + 0x2_0000*k for k in range(16)]  # OverlayBitPosition: planes kept in spare bits of the pixels
+OVERLAY_BITS = [0x6000_0102 + 0x2_0000*k for k in range(16)]  # OverlayBitPosition: of planes in spare bits of pixels
 
 # %% ../nbs/03_dicom.ipynb #d3203dd0
 MAX_BYTES = 2**28   # of one DICOM file, inflated; the largest radiographs have 60 MB
@@ -157,8 +157,9 @@ def find_syntax(
     if "TransferSyntaxUID" not in ds.file_meta: ds.file_meta.TransferSyntaxUID = plain
     in_fragments = "PixelData" in ds and ds["PixelData"].is_undefined_length
     if "PixelData" in ds and in_fragments == is_plain(ds):
-        says = "does not say how" if in_fragments else "names no compression that is known here"
-        reason = f"its pixels are in {'pieces' if in_fragments else 'one piece'}, and its TransferSyntaxUID {says}. Export it again."
+        pixels = "compressed" if in_fragments else "not in the form of compressed ones"
+        says = "does not say how" if in_fragments else "is none of uncompressed pixels"
+        reason = f"its pixels are {pixels}, and its TransferSyntaxUID {says}. Export it again."
         raise file_error(path, reason, "UNREADABLE")
 
 # %% ../nbs/03_dicom.ipynb #483c9042
@@ -225,16 +226,6 @@ def read_code(
     value = ds.get(name, "")
     return value.strip().upper() if isinstance(value, str) else ""
 
-# %% ../nbs/03_dicom.ipynb #bb9b6028
-@dataclass(frozen=True)
-class SampleLayout:
-    "Where a sample lies in its cell."
-    allocated: int  # bits of a cell: 8, 16 or 32
-    stored: int     # bits of a sample
-    high: int       # bit of the cell, from 0, that is the sample's highest
-    signed: bool    # whether that bit is a sign
-    samples: int    # of a pixel: 1, or 3 in colour
-
 # %% ../nbs/03_dicom.ipynb #b8ff1dfc
 def read_layout(
     ds: pydicom.Dataset,  # header
@@ -258,95 +249,6 @@ def read_layout(
             reason = f"the {name} in its header is impossible, so its samples cannot be told. Export it again."
             raise file_error(path, reason, "UNREADABLE")
     return SampleLayout(allocated, stored, high, bool(signed), samples)
-
-# %% ../nbs/03_dicom.ipynb #22ce6e89
-def extract_samples(
-    cells: np.ndarray,     # integers of any kind, as they were decoded
-    layout: SampleLayout,
-    precision: int,        # bits of what was decoded: `allocated` where cells were stored as they are
-    clip: bool = False,    # what exceeds the stored bits is an error of a lossy encoder, not another use of spare bits
-) -> np.ndarray:           # the same shape, integers of `allocated` bits
-    "Take samples out of their cells: the stored bits, and their sign."
-    shift = layout.high + 1 - layout.stored if precision > layout.high else 0  # else they were stored without their cells
-    if clip and not shift:
-        lowest = -(1 << layout.stored - 1) if cells.dtype.kind == "i" and layout.signed else 0
-        cells = np.clip(cells, lowest, lowest + (1 << layout.stored) - 1)
-    size = layout.allocated//8
-    spare = layout.allocated - layout.stored
-    bits = (cells.astype(f"u{size}") >> shift) << spare
-    return (bits.view(f"i{size}") if layout.signed else bits) >> spare
-
-# %% ../nbs/03_dicom.ipynb #c72f9e76
-@dataclass(frozen=True)
-class Codestream:
-    "A compressed picture, and what it says of itself."
-    kind: str       # "jpeg", "jpegls", "jpeg2k" or "htj2k"
-    shape: tuple    # (rows, columns)
-    precision: int  # bits of a sample
-    data: bytes     # from its first mark to its last
-    colours: str    # not "" where the stream says itself what its three components are
-    process: int    # its marker SOFn, of JPEG; 0xC3 is lossless
-
-# %% ../nbs/03_dicom.ipynb #d095d63f
-START_OF_FRAME = {0xF7, *range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS that a size follows
-
-def read_jpeg_stream(
-    data: bytes,            # JPEG or JPEG-LS
-) -> Codestream | None:     # None where it gives no size
-    "Walk through a JPEG stream to its picture; raise EOFError where its end is missing."
-    i, process, colours = 2, 0, ""
-    while i + 9 <= len(data) and data[i] == 0xFF:
-        marker, length = struct.unpack(">xBH", data[i:i + 4])
-        if marker in START_OF_FRAME:
-            process = marker
-            precision, rows, columns = struct.unpack(">BHH", data[i + 4:i + 9])
-        if data[i + 4:i + 9] in (b"JFIF\0", b"Adobe"): colours = "marked"
-        if marker == 0xDA: break
-        i += 1 if marker == 0xFF else 2 + length
-    if not process: return None
-    end = data.find(b"\xff\xd9", i)
-    if end < 0: raise EOFError
-    kind = "jpegls" if process == 0xF7 else "jpeg"
-    return Codestream(kind, (rows, columns), precision, data[:end + 2], colours, process)
-
-# %% ../nbs/03_dicom.ipynb #82ecafbc
-def read_jpeg2000_stream(
-    data: bytes,         # JPEG 2000, from its first mark on
-) -> Codestream:
-    "Read what a JPEG 2000 stream says of itself; raise EOFError where a part is missing (ISO 15444-1, annex A)."
-    columns, rows, left, top = struct.unpack(">4I", data[8:24])
-    header = data[:data.index(b"\xff\x90")]
-    is_ht = b"\xff\x50" in header[42:]
-    colours = "RGB" if header[header.index(b"\xff\x52", 42) + 8] else ""  # the components were mixed, and will be unmixed
-    i = len(header)
-    while data[i:i + 2] == b"\xff\x90":
-        length, = struct.unpack(">6xI", data[i:i + 10])
-        end = i + length if length else data.rfind(b"\xff\xd9")
-        if not i < end <= len(data): raise EOFError
-        i = end
-    kind = "htj2k" if is_ht else "jpeg2k"
-    precision = 1 + (data[42] & 0x7F)
-    return Codestream(kind, (rows - top, columns - left), precision, data[:i] + b"\xff\xd9", colours, 0)
-
-# %% ../nbs/03_dicom.ipynb #bf01fe1c
-def read_codestream(
-    data: bytes,            # a compressed picture
-) -> Codestream | None:     # None where it is of a kind that does not say it
-    "Read what a compressed stream says of itself."
-    i = data.find(b"\xff\x4f\xff\x51", 0, 512)  # JPEG 2000: SOC and SIZ, perhaps after JP2 boxes
-    if i >= 0: return read_jpeg2000_stream(data[i:])
-    return read_jpeg_stream(data) if data[:2] == b"\xff\xd8" else None
-
-# %% ../nbs/03_dicom.ipynb #5114a25f
-def decode_codestream(
-    stream: Codestream,
-    colours: str = "",   # what a header says its components are, "RGB" or "YCBCR"; the stream's own word counts first
-) -> np.ndarray:         # (rows, columns) or (rows, columns, 3), cells
-    "Decode a stream of any JPEG family; raise whatever the decoder raises."
-    import imagecodecs
-    if stream.kind != "jpeg": return getattr(imagecodecs, f"{stream.kind}_decode")(stream.data)
-    space = colours if colours and not stream.colours else None
-    return imagecodecs.jpeg8_decode(stream.data, colorspace=space, outcolorspace="RGB" if space else None)
 
 # %% ../nbs/03_dicom.ipynb #9955afec
 def check_size(
@@ -378,7 +280,7 @@ def check_pixels(
         reason = "the PlanarConfiguration in its header is missing, so its colours cannot be told. Export it in grey."
         raise file_error(path, reason, "UNREADABLE")
     if not is_plain(ds): return
-    samples = 2 if ds.PhotometricInterpretation == "YBR_FULL_422" else layout.samples  # two chroma samples for two pixels
+    samples = 2 if ds.PhotometricInterpretation == "YBR_FULL_422" else layout.samples  # two for two pixels
     length = frames*rows*columns*samples*layout.allocated//8
     if len(ds.PixelData) < length:
         raise file_error(path, "its pixel data are cut short. Export the file again.", "UNREADABLE")
@@ -422,11 +324,14 @@ def decode_by_pydicom(
     layout: SampleLayout,
 ) -> np.ndarray:           # samples
     "Decode pixels by pydicom: those that are stored as they are, and kinds of compression that only it may know."
-    ds = copy.copy(ds)
-    if is_plain(ds) or ds.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:  # cells: all of their bits
-        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = layout.allocated, layout.allocated - 1, 0
-        return extract_samples(ds.pixel_array, layout, layout.allocated)
-    return extract_samples(ds.pixel_array, layout, layout.stored)
+    has_cells = is_plain(ds) or ds.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless
+    stored = layout.allocated if has_cells else layout.stored
+    signed = layout.signed and not has_cells
+    copy = pydicom.Dataset({element.tag: element for element in ds})
+    copy.file_meta = ds.file_meta
+    bits = dict(BitsStored=stored, HighBit=stored - 1, PixelRepresentation=int(signed))
+    for name, value in (bits | dict(SamplesPerPixel=layout.samples)).items(): copy.add_new(name, "US", value)
+    return extract_samples(copy.pixel_array, layout, stored)
 
 # %% ../nbs/03_dicom.ipynb #b7c17cd3
 def decode_pixels(
@@ -447,10 +352,11 @@ def decode_pixels(
             except Exception: decoded = [None]
             if any(frame is None for frame in decoded): return decode_by_pydicom(ds, layout)
             return np.stack(decoded) if frames > 1 else decoded[0]
-        except EOFError: raise file_error(path, "its pixel data are cut short. Export the file again.", "UNREADABLE") from None
+        except EOFError:
+            raise file_error(path, "its pixel data are cut short. Export the file again.", "UNREADABLE") from None
         except (NotImplementedError, RuntimeError):
             name = syntax.name if syntax in pydicom.uid.UID_dictionary else "a way that DICOM does not know"
-            reason = f"its pixels are damaged, or no installed decoder knows their compression ({name}). Export it uncompressed."
+            reason = f"its pixels are damaged, or no decoder here knows their compression ({name}). Uncompress them."
             raise file_error(path, reason, "UNREADABLE") from None
 
 # %% ../nbs/03_dicom.ipynb #c9c9f2f6

@@ -24,6 +24,8 @@ def edge_lines(
     return lines, np.array([rows.mean() for rows in bands])
 
 # %% ../../nbs/30_radiograph/01_borders.ipynb #bed29777
+FADES = 0.3  # how far a white border may fade by scatter before it ends
+
 def border_ends(
     lines: np.ndarray,  # (n, W), the border at the left
     depth: int,         # pixels within which an edge has risen
@@ -31,17 +33,21 @@ def border_ends(
     "Find where each line leaves the level of the left side, at half of the step."
     width = lines.shape[1]
     level = np.median(lines[:, :2])
+    noise = 1.48*np.median(np.abs(lines[:, :2] - level))
     if level > 0.9:  # scatter: white fades towards the field
         away = np.pad(lines[:, :-depth] - lines[:, depth:] > 0.15, ((0, 0), (0, depth)))
+        allowed = FADES
     else:
-        noise = 1.48*np.median(np.abs(lines[:, :2] - level))
-        away = np.abs(lines - level) > np.clip(5*noise, 0.05, 0.1)
+        allowed = np.clip(5*noise, 0.05, 0.1)
+        away = np.abs(lines - level) > allowed
     last = np.where(away.any(axis=1), np.maximum(away.argmax(axis=1) - 1, 0), width)
     columns = np.minimum(last[:, None] + np.arange(2*depth + 2), width - 1)
     step = np.take_along_axis(lines, columns, axis=1)
     rise = np.abs(step - step[:, :1])
     half = (rise > rise[:, -1:]/2).argmax(axis=1)
-    return np.where(last < width, last + half, width), step[:, 0]
+    is_sharp = (last < width) & (np.abs(step[:, 0] - level) <= allowed)  # even up to its end
+    begins = np.abs(lines[:, 0] - level) <= allowed                      # or the patient reaches the side
+    return np.where(begins, np.where(is_sharp, last + half, width), 0), step[:, 0]
 
 # %% ../../nbs/30_radiograph/01_borders.ipynb #e9c7a3e7
 def find_line(
@@ -77,10 +83,13 @@ def border_width(
     on_line = (beyond >= 0) & (beyond <= 2*tolerance)
     def step(k): return np.median(np.abs(lines[ended, ends[ended] + k*depth] - level[ended])[on_line])
     near, far = step(1), step(3)
+    rises = np.median(np.abs(level[ended] - lines[ended, 0])[on_line])  # as air does towards a flank
+    is_flat = rises <= 0.25*near or np.median(lines[:, :2]) > 0.9
     is_line = on_line.sum() >= n/4 and on_line.mean() >= 0.7 and (beyond < 0).mean() <= 0.15
-    if not (is_line and near >= 0.1 and 0.75 < near/far < 1.4): return 0
+    if not (is_line and is_flat and near >= 0.1 and 0.78 < near/far < 1.4): return 0
     columns = np.bincount(ends[ended][on_line])
     if columns.max() >= 0.8*on_line.sum(): return int(columns.argmax())  # the edge is upright and sharp
+    start += np.quantile(beyond[on_line], 0.1)                           # a marker's points may stand on the line
     return max(0, int(np.ceil(start + (slope*y).min() - 1e-6)))          # the outermost end of a tilted one
 
 # %% ../../nbs/30_radiograph/01_borders.ipynb #f614c7da

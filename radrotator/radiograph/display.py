@@ -110,8 +110,8 @@ def read_rescale(
     slope, intercept = line[0][0], line[1][0]
     if slope == 0: raise header_error("RescaleSlope", path, "is 0, which leaves nothing of the picture")
     if sum(name in ds for name in names) == 1 and (slope, intercept) != (1, 0):
-        given, missing = names if names[0] in ds else names[::-1]
-        warn_about(path, f"its header has a {given} without a {missing}, which is taken as {int(missing == names[0])}")
+        missing = names[0] if names[1] in ds else names[1]
+        raise header_error(missing, path, "is missing, and without it the other half of the line means nothing")
     return slope, intercept
 
 # %% ../../nbs/30_radiograph/02_display.ipynb #aa06885d
@@ -142,7 +142,8 @@ class Window:
     def apply(self, values: np.ndarray) -> np.ndarray:
         "Apply the function of PS3.3, C.11.2.1.2 or C.11.2.1.3, to [0, 1]."
         if self.function == "SIGMOID": return 1/(1 + np.exp(np.clip(-4*(values - self.center)/self.width, -700, 700)))
-        center, width = (self.center, self.width) if self.function == "LINEAR_EXACT" else (self.center - 0.5, self.width - 1)
+        shift = 0 if self.function == "LINEAR_EXACT" else 1
+        center, width = self.center - shift/2, self.width - shift
         if width == 0: return (values > center).astype(np.float64)
         return np.clip((values - center)/width + 0.5, 0, 1)
 
@@ -180,6 +181,7 @@ def read_first_number(
 def apply_voi(
     values: np.ndarray,   # (H, W) float64, modality values
     signed: bool,         # whether values below zero are possible
+    seen: np.ndarray,     # (H, W) bool, False where there is padding
     ds: pydicom.Dataset,  # the header
     path,                 # for the message
 ) -> np.ndarray:          # (H, W) float64, as the header wants them displayed
@@ -188,7 +190,7 @@ def apply_voi(
     step = read_table(item, signed, byte_order(ds), path) or read_window(ds, path)
     if step is None: return values
     shown = step.apply(values)
-    if np.ptp(shown) > 0: return shown
+    if np.ptp(shown[seen]) > 0: return shown
     warn_about(path, "the window or VOI LUT in its header leaves one even grey; values are shown without it")
     return values
 
@@ -269,9 +271,8 @@ def grey_values(
     stored = decode_pixels(ds, path)
     if colour == "PALETTE COLOR": return to_luminance(apply_palette(stored, ds, path))
     if stored.ndim == 3: return to_luminance(stored)
-    values = apply_voi(*apply_modality(stored, ds, path), ds, path)
+    seen = ~find_padding(stored, ds, path)
+    values = apply_voi(*apply_modality(stored, ds, path), seen, ds, path)
     if colour == "MONOCHROME1": values = -values
-    padding = find_padding(stored, ds, path)
-    check_polarity(ds, rises_with(stored[~padding], values[~padding]), path)
-    if padding.any(): values[padding] = values[~padding].min()
-    return values
+    check_polarity(ds, rises_with(stored[seen], values[seen]), path)
+    return np.where(seen, values, values[seen].min())

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..codestream import decode_codestream, read_codestream
 from ..core import RadRotatorError, silence_loggers
-from ..dicom import MAX_BYTES, check_size, choose_frame, decode_codestream, file_error, read_codestream
+from ..dicom import MAX_BYTES, check_size, choose_frame, file_error
 from .display import to_luminance
 
 # %% ../../nbs/30_radiograph/04_picture.ipynb #46bbdcad
