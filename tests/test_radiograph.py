@@ -395,11 +395,11 @@ BOXES = [(20, 30, 24, 36), (0, 30, 0, 0), (20, 0, 24, 0), (30, 25, 40, 20), (5, 
 
 
 def border_steps(pixels, box, level):
-    "How high the step from a border to the picture behind it is, on each of the four sides, on the whole"
+    "How high the step from a border to the picture behind it is, on each of the four sides, in three of four lines"
     top, left, bottom, right = box
     height, width = pixels.shape
     edges = pixels[top], pixels[:, left], pixels[height - 1 - bottom], pixels[:, width - 1 - right]
-    return np.array([np.median(np.abs(edge - level)) for edge in edges])
+    return np.array([np.quantile(np.abs(edge - level), 0.25) for edge in edges])
 
 
 @pytest.mark.parametrize("box", BOXES, ids=str)
