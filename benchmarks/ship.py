@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from radrotator.core import check_output, atomic_folder, markdown_table, sha256
+from radrotator.core import markdown_table
+from radrotator.files import check_output, atomic_folder, sha256
 from radrotator.evaluate.judge import judge
 from radrotator.evaluate.patients import atlas_patients, ct_patients
 from radrotator.evaluate.protocol import Protocol

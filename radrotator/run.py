@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .core import RadRotatorError, RadRotatorWarning, atomic_file, check_parent, folder_lock
+from .core import RadRotatorError, RadRotatorWarning
+from .files import atomic_file, check_parent, folder_lock
 from .origin import count_cores, git_commit
 from .progress import no_progress, show_progress
 

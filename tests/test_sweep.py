@@ -9,7 +9,8 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe, read_frames
 from PIL import Image
 
-from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
+from radrotator.core import RadRotatorError, RadRotatorWarning
+from radrotator.files import folder_lock
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.radiograph.image import Radiograph

@@ -10,7 +10,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from ..core import PICTURES, RadRotatorError, RadRotatorWarning, check_output, check_parent, markdown_table
+from ..core import RadRotatorError, RadRotatorWarning, markdown_table
+from ..files import PICTURES, check_output, check_parent
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/02_checks.ipynb #204749cd

@@ -18,7 +18,8 @@ from .checks import check_result, load_model
 from .console import Result, command, format_command_line
 from .options import Bones, Device, Guidance, Out, Seed, Steps, Weights, check_finite, complete_from
 from .options import parse_settings
-from ..core import RadRotatorError, atomic_file, atomic_folder, check_output, markdown_table, sha256
+from ..core import RadRotatorError, markdown_table
+from ..files import atomic_file, atomic_folder, check_output, sha256
 from ..origin import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
 from ..run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from ..geometry import CONVENTION
 from .lift import Lift, LiftConfig
 from .unet import UNet, UNetConfig

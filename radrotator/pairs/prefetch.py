@@ -15,7 +15,8 @@ from queue import SimpleQueue
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import RadRotatorError, detach_from_group, end_with_parent, rng, signals_blocked
+from ..core import RadRotatorError, rng
+from ..processes import detach_from_group, end_with_parent, signals_blocked
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #f3ec42ce
 @lru_cache(maxsize=4)

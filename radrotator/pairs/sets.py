@@ -15,7 +15,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file, sha256
+from ..core import RadRotatorError
+from ..files import atomic_file, sha256
 from ..ct.volume import CT
 from ..geometry import CArm, slab_planes
 from .plan import FORMAT, SetPlan, set_recipe

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import RadRotatorError, rng, sha256
+from ..core import RadRotatorError, rng
+from ..files import sha256
 from ..ct.describe import describe_nifti
 from ..ct.nifti import stem_of
 from ..ct.volume import CT

@@ -13,7 +13,8 @@ import pydicom
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from ..core import PICTURES, RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import PICTURES, atomic_file
 from ..dicom import read_dicom
 from .image import Radiograph
 

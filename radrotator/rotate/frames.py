@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np, torch
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file, check_output, folder_lock
+from ..core import RadRotatorError
+from ..files import atomic_file, check_output, folder_lock
 from ..radiograph.image import Radiograph
 from ..radiograph.write import TITLE, burn_mark, write_picture
 

@@ -16,7 +16,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from ..angles import AXES, LIMIT, check_angles
 from ..model.heads import Lifted
 from ..model.lift import Lift

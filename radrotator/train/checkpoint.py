@@ -12,7 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..core import RadRotatorError, RadRotatorWarning, atomic_folder, sha256
+from ..core import RadRotatorError, RadRotatorWarning
+from ..files import atomic_folder, sha256
 
 # %% ../../nbs/21_train/05_checkpoint.ipynb #edb8d7e1
 def write_checkpoint(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from ..angles import AXES
 
 # %% ../../nbs/21_train/07_log.ipynb #35ecc0b0

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..batch import Feed
-from ..core import RadRotatorError, detach_from_group, signals_blocked
+from ..core import RadRotatorError
+from ..processes import detach_from_group, signals_blocked
 from .config import GRAIN
 
 # %% ../../nbs/21_train/06_machine.ipynb #19872010

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from .. import __version__
 from ..batch import Batch
-from ..core import RadRotatorError, RadRotatorWarning, atomic_file, folder_lock
+from ..core import RadRotatorError, RadRotatorWarning
+from ..files import atomic_file, folder_lock
 from ..model.lift import Lift
 from ..model.weights import save_weights
 from ..pairs.live import OnTheFlyPairs, OnTheFlySlabs
