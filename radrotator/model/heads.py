@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch.nn import functional as F
 
 from ..geometry import CArm, image_grid, look_up, meet_plane, obliquity, rotation, slab_depths, turn_slabs
-from .lift import crop_middle, Shares, extended, low_pass
+from .lift import crop_middle, Shares, extend_picture, low_pass
 
 # %% ../../nbs/20_model/04_heads.ipynb #75243ff9
 RIM = 8  # pixels of the coarse view around the picture, so that enlarging it needs no invention at the border
@@ -68,7 +68,7 @@ def lift_picture(
 ) -> Lifted:
     "Share a radiograph out over depth."
     C, S = shares.rim.shape[-1], small.shape[-1]
-    wide, there = extended(small, known, C)
+    wide, there = extend_picture(small, known, C)
     blurred = low_pass(wide, split)
     off = (C - S)//2
     soft = torch.where(there > 0, F.pad(shares.tissue, (off,)*4), shares.rim*shares.gate)*blurred
@@ -106,7 +106,7 @@ def turn_lifted(
     "Turn a radiograph."
     turn = torch.from_numpy(rotation(np.asarray(vector, float)))[None]
     S = lifted.carm.size
-    wide = lifted.carm.widened(S + 2*RIM)
+    wide = lifted.carm.with_size(S + 2*RIM)
     coarse = turn_slabs(lifted.soft, turn, lifted.depths, wide)[:, None]
     view = sample(coarse, lifted.grid, wide.size/S)
     if detail > 0:
@@ -120,7 +120,7 @@ def turn_lifted(
 
 # %% ../../nbs/20_model/04_heads.ipynb #3e9aa15d
 def _mean_detail(lifted, turn):
-    "Fine detail at all depths where it may lie, one slab after the other: (1, 1, H, W)."
+    "Add up fine detail at all depths where it may lie, one slab after the other: (1, 1, H, W)."
     where, gain = look_up(turn, lifted.depths, lifted.carm)
     side, total = max(lifted.fine.shape[-2:]), 0.0
     scale = torch.tensor([n/side for n in lifted.fine.shape[:-3:-1]])

@@ -48,20 +48,20 @@ def step_embedding(
     t: torch.Tensor,  # (B,) steps
     channels: int,    # even
 ) -> torch.Tensor:    # (B, channels) float32
-    "Sinusoidal embedding of a step."
+    "Embed a step by sinusoids."
     frequencies = torch.exp(-math.log(10_000)*torch.arange(channels//2, device=t.device)/(channels//2))
     angles = t[:, None].float()*frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 # %% ../../nbs/20_model/02_unet.ipynb #4c4e5fd8
 def _zero(layer):
-    "A layer that begins with the output 0, so that its block begins as the identity."
+    "Let a layer begin with the output 0, so that its block begins as the identity."
     for parameter in layer.parameters(): nn.init.zeros_(parameter)
     return layer
 
 # %% ../../nbs/20_model/02_unet.ipynb #790a5983
 class SiLU(nn.Module):
-    "x·sigmoid(x): in place, unless a backward pass will have to see x (PyTorch would copy it first)."
+    "Compute x·sigmoid(x): in place, unless a backward pass will have to see x (PyTorch would copy it first)."
     def forward(self, x): return F.silu(x, inplace=not torch.is_grad_enabled())
 
 # %% ../../nbs/20_model/02_unet.ipynb #ce6e0984
@@ -140,7 +140,7 @@ class Stem(nn.Conv2d):
 
 # %% ../../nbs/20_model/02_unet.ipynb #2d7a3973
 def _stages(config, c_embedding):
-    "The blocks of the way down and of the way up, and the channels in between."
+    "Build the blocks of the way down and of the way up, and count the channels in between."
     residual = lambda c_in, c_out: ResidualBlock(c_in, c_out, c_embedding, config.groups)
     attention = lambda c, rate: [AttentionBlock(c, config.heads, config.groups)] if rate in config.attention else []
     c = config.channels
@@ -164,7 +164,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config, width = config, 4*config.channels
-        self.checkpointing = False  # compute the inside of every stage anew in the backward pass, instead of keeping it
+        self.checkpointing = False  # compute the inside of every stage again in the backward pass
         mlp = lambda c_in: nn.Sequential(nn.Linear(c_in, width), nn.SiLU(), nn.Linear(width, width))
         self.time_embed, self.class_embed = mlp(config.channels), mlp(config.conditions)
         self.null_cls_embed = nn.Parameter(torch.randn(1, width))
@@ -180,7 +180,7 @@ class UNet(nn.Module):
         vector,   # (B, 3) degrees
         drop,     # (B,) bool: forget the rotation of these samples
     ):            # (B, 4·channels)
-        "What the blocks are told of step and rotation; a forgotten rotation is the learned null embedding."
+        "Embed step and rotation for the blocks; a forgotten rotation is the learned null embedding."
         vector = F.pad(vector/self.config.condition_scale, (0, self.config.conditions - 3))
         rotation = torch.where(drop[:, None], self.null_cls_embed, self.class_embed(vector))
         return self.time_embed(step_embedding(t, self.config.channels)) + rotation
@@ -221,14 +221,14 @@ def cast(self: UNet,
 def count_parameters(
     network: nn.Module,  # any
 ) -> int:                # trainable values
-    "Number of parameters."
+    "Count the parameters."
     return sum(p.numel() for p in network.parameters())
 
 # %% ../../nbs/20_model/02_unet.ipynb #fa06a1e5
 def count_operations(
     config: UNetConfig,  # of the network
 ) -> int:                # multiplications and additions, each counted
-    "Floating-point operations of a forward with one image, in the convolutions, linear layers and attention."
+    "Count the floating-point operations for one image, in the convolutions, linear layers and attention."
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():  # shapes alone
         image = torch.empty(1, 1, config.size, config.size)
         UNet(config)(image, torch.zeros(1, dtype=torch.long), image, torch.zeros(1, 3))
