@@ -117,7 +117,7 @@ def figures(package: Path) -> dict:
             "syntax nodes a statement, median": sizes[len(sizes)//2], "syntax nodes a statement, 9 of 10 below": sizes[len(sizes)*9//10],
             "a, b = x, y, per 1,000 lines": per_thousand(together), "f = lambda, per 1,000 lines": per_thousand(lambdas),
             "functions named by one participle": sum(map(is_participle, names)),
-            "raises without a code": sum(len(re.findall(r"RadRotatorError\(", room.text)) for room in house) - coded(house)}
+            "raises without a code": sum(map(count_uncoded, house))}
 
 
 def is_participle(name: str) -> bool:
@@ -125,11 +125,10 @@ def is_participle(name: str) -> bool:
     return bool(PARTICIPLES.match(name)) and name.lstrip("_") not in NO_PARTICIPLES
 
 
-def coded(house: list[Room]) -> int:
-    "How many `RadRotatorError(…)` are given a code."
-    calls = [node for room in house for node in ast.walk(room.tree) if isinstance(node, ast.Call)]
-    return sum(getattr(call.func, "id", "") == "RadRotatorError" and (len(call.args) > 1 or any(k.arg == "code" for k in call.keywords))
-               for call in calls)
+def count_uncoded(room: Room) -> int:
+    "How many `RadRotatorError(…)` are given no code."
+    calls = [node for node in ast.walk(room.tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RadRotatorError"]
+    return sum(len(call.args) < 2 and all(keyword.arg != "code" for keyword in call.keywords) for call in calls)
 
 
 def main():
