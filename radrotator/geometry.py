@@ -34,7 +34,7 @@ def turn_between(
     vectors,  # (N, 3) or (3,) degrees: V, added component by component
 ):            # (N, 3, 3) or (3, 3): what turns the patient from P1 to P1 + V
     "Give the rotation from one pose to another."
-    if not torch.is_tensor(vectors): start, vectors = np.asarray(start, float), np.asarray(vectors, float)
+    if not torch.is_tensor(vectors): start, vectors = (np.asarray(poses, float) for poses in (start, vectors))
     return rotation(start + vectors) @ rotation(start).swapaxes(-1, -2)
 
 # %% ../nbs/01_geometry.ipynb #93d45dcf

@@ -67,7 +67,8 @@ def lift_picture(
     fov: float,            # mm across the square
 ) -> Lifted:
     "Share a radiograph out over depth."
-    C, S = shares.rim.shape[-1], small.shape[-1]
+    C = shares.rim.shape[-1]
+    S = small.shape[-1]
     wide, there = extend_picture(small, known, C)
     blurred = low_pass(wide, split)
     off = (C - S)//2
@@ -83,12 +84,14 @@ def detail_field(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (1, S, S, 2) from each pixel of the view to its detail; (1, 1, S, S) gain
     "Find where the detail of every pixel comes from."
     grid = image_grid(lifted.carm.size)[None]
-    depth, where = lifted.detail_depth[None, None], grid
+    depth = lifted.detail_depth[None, None]
+    where = grid
     for _ in range(rounds):
         here = sample(depth, where, mode="bilinear")[:, 0].double()
         where = meet_plane(turn, here, lifted.carm).float()
     h = lifted.fov/2/lifted.carm.sod
-    return where - grid, (obliquity(turn, lifted.carm).float()/(1 + h**2*where.square().sum(-1)).sqrt())[:, None]
+    gain = obliquity(turn, lifted.carm).float()/(1 + h**2*where.square().sum(-1)).sqrt()
+    return where - grid, gain[:, None]
 
 # %% ../../nbs/20_model/04_heads.ipynb #a0099d20
 def _enlarge(field, gain, grid):
@@ -114,7 +117,8 @@ def turn_lifted(
         field, gain = _enlarge(field, gain, lifted.grid)
         side = max(lifted.fine.shape[-2:])
         scale = torch.tensor([n/side for n in lifted.fine.shape[:-3:-1]])
-        view = view + detail*gain*sample(lifted.fine, (lifted.grid + field.permute(0, 2, 3, 1))/scale, beyond="zeros")
+        place = lifted.grid + field.permute(0, 2, 3, 1)
+        view = view + detail*gain*sample(lifted.fine, place/scale, beyond="zeros")
     if detail < 1: view = view + (1 - detail)*_mean_detail(lifted, turn)
     return view[0, 0]
 
@@ -122,9 +126,10 @@ def turn_lifted(
 def _mean_detail(lifted, turn):
     "Add up fine detail at all depths where it may lie, one slab after the other: (1, 1, H, W)."
     where, gain = look_up(turn, lifted.depths, lifted.carm)
-    side, total = max(lifted.fine.shape[-2:]), 0.0
+    side = max(lifted.fine.shape[-2:])
     scale = torch.tensor([n/side for n in lifted.fine.shape[:-3:-1]])
     moved = where - image_grid(lifted.carm.size)  # displacements can be enlarged up to the border, places cannot
+    total = 0.0
     for k in range(where.shape[1]):
         field, factor = _enlarge(moved[:, k], gain[:, k:k + 1], lifted.grid)
         place = lifted.grid + field.permute(0, 2, 3, 1)

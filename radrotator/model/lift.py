@@ -102,9 +102,11 @@ class LiftBlock(nn.Module):
     "Two convolutions beside a shortcut; where there is noise in the input, its step steers them."
     def __init__(self, c_in, c_out, c_step):
         super().__init__()
-        self.norm, self.first = ChannelNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm = ChannelNorm(c_in)
+        self.first = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.step = _zero(nn.Linear(c_step, 2*c_out, bias=False))
-        self.again, self.second = ChannelNorm(c_out), _zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.again = ChannelNorm(c_out)
+        self.second = _zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, step=None):
@@ -119,8 +121,10 @@ class LiftAttention(nn.Module):
     "Self-attention over the pixels of a small image, beside a shortcut."
     def __init__(self, channels, heads):
         super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3*channels), _zero(nn.Linear(channels, channels))
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3*channels)
+        self.out = _zero(nn.Linear(channels, channels))
 
     def forward(self, x, step=None):
         pixels = x.flatten(2).transpose(1, 2)
@@ -170,7 +174,8 @@ class Lift(nn.Module):
     "Radiograph → shares over depth."
     def __init__(self, config: LiftConfig = LiftConfig()):
         super().__init__()
-        self.config, K = config, config.slabs
+        self.config = config
+        K = config.slabs
         widths = [m*config.channels for m in config.multipliers]
         step = self.width = 4*config.channels
         def block(a, b): return LiftBlock(a, b, step)
@@ -227,13 +232,15 @@ def forward(self: Lift,
     t=None,      # (B,) steps they are at
 ) -> Shares:
     "Say at which depth each part of a radiograph lies."
-    config, K = self.config, self.config.slabs
+    config = self.config
+    K = config.slabs
     tones = self.tone(picture, known)
     if linear is not None:
         ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0)
         estimate = from_ranks(ranks, self.tone.quantiles(tones.detach())).view_as(picture)
         picture = torch.where(linear.view(-1, 1, 1, 1), picture, estimate)
-    h, step = self.stem(F.pixel_unshuffle(features(picture, known), 2)), None
+    h = self.stem(F.pixel_unshuffle(features(picture, known), 2))
+    step = None
     if noisy is not None:
         early = (t < LAST).to(noisy)
         h = h + self.noisy(F.pixel_unshuffle(noisy*early.view(-1, 1, 1, 1), 2))
@@ -243,12 +250,16 @@ def forward(self: Lift,
         for j, block in enumerate(blocks):
             h = block(h, step)
             if i + 1 == len(self.down): h = self.attend[j](h)
-        if i + 1 < len(self.down): kept.append(h); h = self.halve[i](h)
-    around = F.pixel_shuffle(self.around(_pad(h, h.shape[-1]*(config.canvas - config.size)//config.size//2)), 2)
+        if i + 1 == len(self.down): break
+        kept.append(h)
+        h = self.halve[i](h)
+    rim = h.shape[-1]*(config.canvas - config.size)//config.size//2
+    around = F.pixel_shuffle(self.around(_pad(h, rim)), 2)
     for i in reversed(range(len(self.up))):
         h = torch.cat([F.pixel_shuffle(self.widen[i](h), 2), kept[i]], 1)
         for block in self.up[i]: h = block(h, step)
-    logits, around = F.pixel_shuffle(self.out(h), 2).float(), _resize(around.float(), config.canvas)
+    logits = F.pixel_shuffle(self.out(h), 2).float()
+    around = _resize(around.float(), config.canvas)
     usual = _resize(self.population[None], config.canvas)
     tissue, detail = (logits.unflatten(1, (2, K)) + crop_middle(usual, config.size)[:, None]).softmax(2).unbind(1)
     return Shares(tissue, detail, (around[:, :K] + usual).softmax(1), 2*around[:, K:].sigmoid(), tones)
@@ -314,7 +325,8 @@ def extend_picture(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (B, 1, C, C) the picture, and around it its nearest known pixel; what is known
     "Let a picture go on beyond its border."
     B, _, S, _ = picture.shape
-    off, wide = (canvas - S)//2, F.pad(known, ((canvas - S)//2,)*4)
+    off = (canvas - S)//2
+    wide = F.pad(known, (off,)*4)
     place = torch.arange(canvas, device=picture.device).expand(B, -1) - off
     ends = [(one.argmax(1), S - 1 - one.flip(1).argmax(1)) for one in (known.amax((1, 3)), known.amax((1, 2)))]
     rows, columns = (torch.maximum(torch.minimum(place, last[:, None]), first[:, None]) for first, last in ends)
@@ -330,7 +342,8 @@ def layers(
     split: float,          # pixels: standard deviation of the low-pass
 ) -> torch.Tensor:         # (B, K, C, C) line integrals, slab by slab, on the canvas
     "Share a radiograph out over depth."
-    C, S = shares.rim.shape[-1], picture.shape[-1]
+    C = shares.rim.shape[-1]
+    S = picture.shape[-1]
     wide, there = extend_picture(picture, known, C)
     soft = low_pass(wide, split)
     frame = shares.tissue*crop_middle(soft, S) + shares.detail*crop_middle(wide - soft, S)
