@@ -22,8 +22,7 @@ train.machine train.questions train.state train.trainer train.transforms
 """.split()  # lines, names or length
 LARGE_NOTEBOOKS = """
 21_train/00_histogram.ipynb
-tutorials/diffusion_on_one_page.ipynb tutorials/rotate_a_radiograph.ipynb
-tutorials/sweep_as_video.ipynb tutorials/train_on_your_ct.ipynb tutorials/where_a_drr_comes_from.ipynb
+tutorials/rotate_a_radiograph.ipynb tutorials/train_on_your_ct.ipynb
 """.split()  # kilobytes or cells
 
 
