@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ("core files angles geometry tone dicom batch html progress origin processes", "ct", "phantom", "drr", "pairs", "model", "train", "radiograph", "rotate", "register",
-         "evaluate", "app cli run widget __main__")  # from the ground up; a room imports only its own wing and those before
+WINGS = ("core files angles geometry tone dicom batch html progress origin device resume processes", "ct", "phantom", "drr", "pairs", "model", "train", "radiograph", "rotate", "register",
+         "evaluate", "app cli widget __main__")  # from the ground up; a room imports only its own wing and those before
 INFERENCE = {*WINGS[0].split(), "model", "radiograph", "rotate"}
 PARTICIPLES = re.compile(r"^_?[a-z]+(ed|en|ing|told|said|made|kept|found|begun|left|held|heard)$")
 NO_PARTICIPLES = set("coarsen flatten embed feed need open spacing ceiling".split())  # verbs and nouns that end like one

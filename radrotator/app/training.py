@@ -22,7 +22,7 @@ from ..core import RadRotatorError, markdown_table
 from ..files import atomic_file, atomic_folder, check_output, sha256
 from ..origin import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
-from ..run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
+from ..train.run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
 
 # %% ../../nbs/50_app/05_training.ipynb #b9122161
 RunFolder = Annotated[Path, typer.Option("-o", "--out", help="folder of the run", show_default=False)]
@@ -132,8 +132,8 @@ def report_command(
     "Draw a training run as one HTML file."
     if out is not None: check_result(out, (".html",))
     with terminal_bar("drawing"):
-        from radrotator.train.feeds import report
-        text = report(folder)
+        from radrotator.train.log import render_report
+        text = render_report(folder)
     out = out or folder/"report.html"
     with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
@@ -218,13 +218,13 @@ def evaluate_command(
     from radrotator.evaluate.judge import judge
     from radrotator.evaluate.protocol import Protocol
     from radrotator.evaluate.report import write_judge_report
-    from radrotator.rotate.rotator import pick_device
+    from radrotator.device import pick_device
     from radrotator.train.config import with_settings
-    from radrotator.train.machine import join
+    from radrotator.train.machine import make_accelerator
     began = time.perf_counter()
     protocol = with_settings(Protocol(seed=seed), asked)
     device = pick_device(device)
-    accelerator = join(device)
+    accelerator = make_accelerator(device)
     place = local_device(device)
     model, name = load_model(weights, place)
     sampling = dict(steps=steps, guidance=guidance)

@@ -182,7 +182,7 @@ def pairs_command(
     check_folder(out)
     from radrotator.pairs.jobs import ct_sets
     from radrotator.pairs.plan import SetPlan
-    from radrotator.rotate.rotator import pick_device
+    from radrotator.device import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
     canvas = slabs and size + size//4*2
