@@ -245,7 +245,7 @@ FILES = {  # what lies there, and the reasons that it gets, sorted; "" is accept
     "sheared": (sheared, ["GANTRY_TILT"]),
     "crooked": (lambda src: slices(src/"s", ImageOrientationPatient=[1, 0.02, 0, 0.02, 1, 0]), ["BAD_GEOMETRY"]),
     "nan": (lambda src: misplaced(src, [0, 0, float("nan")]), ["BAD_GEOMETRY"]),
-    "two numbers": (lambda src: misplaced(src, [0, 4]), ["UNREADABLE"]),
+    "two numbers": (lambda src: misplaced(src, [0, 4]), ["BAD_GEOMETRY"]),
     "sagittal": (sagittal, ["NOT_AXIAL"]),
     "sagittal NIfTI": (lambda src: nifti(src/"s.nii", body((40, 24, 30), (1.0, 1.5, 1.5))), ["NOT_AXIAL"]),
     "oblique": (oblique, ["NOT_AXIAL"]),

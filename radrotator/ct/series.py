@@ -213,7 +213,7 @@ def check_steps(
     "Refuse duplicate, missing and unevenly spaced slices."
     steps = line.steps
     step = line.step
-    in_one_place = (steps < 0.05*max(step, 0.1)).sum()
+    in_one_place = (steps <= 0.05*max(step, min(0.1, steps.max()))).sum()
     if in_one_place:
         reason = f"{in_one_place + 1} or more slices lie in one place. Remove copies, or split the phases of the scan."
         raise refusal_of(folder, reason, "DUPLICATE_SLICES")
