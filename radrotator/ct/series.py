@@ -15,7 +15,7 @@ import pydicom
 
 from .slices import decode_slices, header_numbers, quiet_series, read_slice, slice_hu, split_frames
 from .volume import CT, MAX_VOXELS, Refusal, check_affine, clean_hu, refusal_of
-from ..dicom import is_dicom, modality
+from ..dicom import is_dicom, modality, read_integer
 
 # %% ../../nbs/10_ct/03_series.ipynb #45dfbd67
 INDEX = pydicom.uid.MediaStorageDirectoryStorage
@@ -46,6 +46,7 @@ def is_placed(
 ) -> bool:    # whether a slice says where it lies in the patient; a localizer counts as one that does not
     "Tell whether a header is that of a slice, and refuse what gives its place in other words than numbers."
     if "LOCALIZER" in (header.get("ImageType") or ()): return False
+    for side in ("Rows", "Columns"): read_integer(header, side, path)
     return None not in [header_numbers(header, name, count, path) for name, count in PLACE.items()]
 
 # %% ../../nbs/10_ct/03_series.ipynb #349a3f94

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from ..core import RadRotatorError
 from .volume import HU_RANGE, MAX_VOXELS, Refusal, refusal_of
-from ..dicom import decode_pixels, quiet_dicom, read_dicom
+from ..dicom import decode_pixels, quiet_dicom, read_code, read_dicom, read_integer, read_numbers
 
 # %% ../../nbs/10_ct/02_slices.ipynb #9107556b
 @contextmanager
@@ -60,12 +60,9 @@ def header_numbers(
     path,        # for the message
 ):               # list of floats; None where the attribute is absent or empty
     "Read the numbers of an attribute, or refuse it by its name."
-    value = header.get(name)
-    if not has_value(value): return None
-    values = value if isinstance(value, (list, tuple, pydicom.multival.MultiValue)) else [value]
-    try: numbers = [float(one) for one in values]
-    except (TypeError, ValueError): numbers = []
-    if len(numbers) == count and np.isfinite(numbers).all(): return numbers
+    if not has_value(header.get(name)): return None
+    numbers = read_numbers(header, name)
+    if numbers and len(numbers) == count: return numbers
     reason = f"its {name} is not {count} finite number{'s'*(count > 1)}. Export the series again."
     raise refusal_of(path, reason, "BAD_GEOMETRY" if count > 1 else "NOT_HU")
 
@@ -93,7 +90,7 @@ def split_frames(
 ) -> list:                # of headers, one for each frame
     "Give each frame of an enhanced CT a header, as if it were a file of its own; any other file keeps the one it has."
     frames = ds.get("PerFrameFunctionalGroupsSequence") or ()
-    count = int(ds.get("NumberOfFrames") or 1)
+    count = read_integer(ds, "NumberOfFrames", path, 1)
     if not frames and count == 1: return [ds]
     if len(frames) != count:
         places = f"places {len(frames)}" if frames else "does not say where each lies"
@@ -131,17 +128,18 @@ OTHER_IMAGES = dict(
     MAT_VALUE_BASED="values of one material",
 )  # values of ImageType in multi-energy CT (PS3.3, C.8.2.1.1.1)
 
+GREY = "", "MONOCHROME1", "MONOCHROME2"  # how to show it, which does not matter here
+
 def other_quantity(
     header: pydicom.Dataset,
 ) -> str:                     # "" where nothing speaks against Hounsfield units
     "Say what a slice shows instead of Hounsfield units, and which attribute says so."
-    unit = str(header.get("RescaleType") or "").strip().upper()
+    unit = read_code(header, "RescaleType")
     if unit not in ("", "HU"): return f"{OTHER_VALUES.get(unit, 'of another kind')} (RescaleType)"
     for word in header.get("ImageType") or ():
         if word in OTHER_IMAGES: return f"{OTHER_IMAGES[word]} (ImageType)"
     if has_value(header.get("ModalityLUTSequence")): return "looked up in a table (ModalityLUTSequence)"
-    colour = str(header.get("PhotometricInterpretation") or "MONOCHROME2")
-    return "" if colour.startswith("MONOCHROME") else "colours (PhotometricInterpretation)"
+    return "" if read_code(header, "PhotometricInterpretation") in GREY else "colours (PhotometricInterpretation)"
 
 # %% ../../nbs/10_ct/02_slices.ipynb #19bda31f
 def read_rescale(
@@ -153,7 +151,7 @@ def read_rescale(
     if quantity:
         raise refusal_of(path, f"its values are {quantity}, not Hounsfield units. Give the original CT.", "NOT_HU")
     slope, intercept = (header_numbers(header, f"Rescale{name}", 1, path) for name in ("Slope", "Intercept"))
-    if slope is None and intercept is None and header.get("RescaleType"): return 1.0, 0.0
+    if slope is None and intercept is None and read_code(header, "RescaleType"): return 1.0, 0.0
     missing = "RescaleSlope"*(slope is None) or "RescaleIntercept"*(intercept is None)
     if missing:
         reason = f"its {missing} is missing or empty, so its values need not be Hounsfield units. Export it again."
@@ -165,19 +163,16 @@ def read_rescale(
 def find_padded(
     stored: np.ndarray,       # (rows, columns) stored values
     header: pydicom.Dataset,
+    path,                     # for the message
 ) -> np.ndarray:              # (rows, columns) bool
     "Find the pixels with the padding value, or in the padding range, whatever sign it was written with."
-    first = header.get("PixelPaddingValue")
-    last = header.get("PixelPaddingRangeLimit")
-    if not isinstance(first, int): return np.zeros(stored.shape, bool)
-    last = last if isinstance(last, int) else first
-    for bits in (8*stored.itemsize, int(header.get("BitsStored") or 8*stored.itemsize)):
-        lowest = -1 << bits - 1 if stored.dtype.kind == "i" else 0
-        def bring_in(value): return (value - lowest) % (1 << bits) + lowest
-        low, high = sorted((bring_in(first), bring_in(last)))
-        padded = (stored >= low) & (stored <= high)
-        if padded.any(): break
-    return padded
+    if not has_value(header.get("PixelPaddingValue")): return np.zeros(stored.shape, bool)
+    first = read_integer(header, "PixelPaddingValue", path)
+    last = read_integer(header, "PixelPaddingRangeLimit", path, first)
+    bits = read_integer(header, "BitsStored", path, 8*stored.itemsize)
+    lowest = -1 << bits - 1 if stored.dtype.kind == "i" else 0
+    low, high = sorted((value - lowest) % (1 << bits) + lowest for value in (first, last))
+    return (stored >= low) & (stored <= high)
 
 # %% ../../nbs/10_ct/02_slices.ipynb #8ee3791f
 def keep_at_edge(
@@ -198,7 +193,7 @@ def slice_hu(
     slope, intercept = read_rescale(header, path)
     if stored.ndim != 2: raise refusal_of(path, "this slice is no grey picture. Export the original series.", "NOT_HU")
     hu = stored.astype(np.float32)*np.float32(slope) + np.float32(intercept)
-    padded = find_padded(stored, header)
+    padded = find_padded(stored, header, path)
     if padded.any(): hu[keep_at_edge(padded) | padded & (hu > HU_RANGE[1])] = np.nan
     return hu
 
@@ -215,7 +210,7 @@ def decode_slices(
             yield path, ds, decode_pixels(ds, path)
             continue
         if path != opened:
-            count = int(header.get("NumberOfFrames") or 1)
+            count = read_integer(header, "NumberOfFrames", path, 1)
             frames = decode_pixels(read_slice(path, pixels=True), path, count)
             frames = frames.reshape(count, header.Rows, header.Columns)
             opened = path
