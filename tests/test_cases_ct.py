@@ -1,4 +1,5 @@
-"""CT files that were read wrong once, and others of their kind: each with its right value, by the formula, nibabel or GDCM."""
+"""CT files that were read wrong once, and others of their kind, each with its right value: by formula, nibabel or GDCM."""
+import json, warnings
 from dataclasses import replace
 
 import nibabel as nib
@@ -9,11 +10,13 @@ import SimpleITK as sitk
 from pydicom import uid
 from pydicom.fileset import FileSet
 
-from helpers import body, make_dicom, make_item, make_sequence, save_dicom, write_enhanced, write_nifti_file, write_series
-from radrotator.core import error_code
+from helpers import body, make_dicom, make_sequence, save_dicom, write_enhanced, write_nifti_file, write_series
+from radrotator.cli import main
+from radrotator.core import RadRotatorWarning, error_code
 from radrotator.ct.curate import IngestConfig
 from radrotator.ct.ingest import ingest
 from radrotator.ct.read import read_ct
+from radrotator.evaluate.patients import SEEN, ct_patients
 
 BODY = body()
 EASY = IngestConfig(spacing=2, min_slices=10, max_thickness=3, coverage=False, salt="salt of the tests")
@@ -66,12 +69,18 @@ def pad(ds, value, kind, fill):
     ds.add_new("PixelPaddingValue", kind, value)
 
 
+def pad_range(ds, first, last, kind):
+    "Fill the ring with a value between these two"
+    pad(ds, first, kind, 65003)
+    ds.add_new("PixelPaddingRangeLimit", kind, last)
+
+
 PADDING = dict(
     plain=lambda ds: pad(ds, 65535, "US", 65535),
     other_sign=lambda ds: pad(ds, -1, "SS", 65535),
-    of_a_range=lambda ds: (pad(ds, 65000, "US", 65003), ds.add_new("PixelPaddingRangeLimit", "US", 65535)),
-    of_a_range_downwards=lambda ds: (pad(ds, 65535, "US", 65003), ds.add_new("PixelPaddingRangeLimit", "US", 65000)),
-    of_a_range_with_the_other_sign=lambda ds: (pad(ds, -1, "SS", 65003), ds.add_new("PixelPaddingRangeLimit", "SS", -900)),
+    of_a_range=lambda ds: pad_range(ds, 65000, 65535, "US"),
+    of_a_range_downwards=lambda ds: pad_range(ds, 65535, 65000, "US"),
+    of_a_range_with_the_other_sign=lambda ds: pad_range(ds, -1, -900, "SS"),
     as_dense_as_bone=lambda ds: pad(ds, 3000, "US", 3000),
 )
 
@@ -194,7 +203,8 @@ def test_text_instead_of_numbers(tmp_path):
     check_same(slices_with(write_text("SliceThickness", b"thick "))(tmp_path/"a"))
     spaced = slices_with(write_text("PixelSpacing", b"0,7\\0,7 "))(tmp_path/"b")  # a comma can only be a decimal mark
     assert np.allclose(read_ct(spaced).spacing, [0.7, 0.7, 1])
-    for name, code in dict(PixelSpacing="BAD_GEOMETRY", RescaleSlope="NOT_HU", ImagePositionPatient="BAD_GEOMETRY").items():
+    needed = dict(PixelSpacing="BAD_GEOMETRY", RescaleSlope="NOT_HU", ImagePositionPatient="BAD_GEOMETRY")
+    for name, code in needed.items():
         with pytest.raises(Exception) as caught: read_ct(slices_with(write_text(name, b"words "))(tmp_path/name))
         assert caught.value.code == code and name in str(caught.value).replace(str(tmp_path), "")
 
@@ -308,6 +318,14 @@ def test_spacings_that_differ_in_the_last_digits(tmp_path, spacing):
     assert np.allclose(read_ct(slices_with(change)(tmp_path/"a")).spacing, [spacing, spacing, 1], atol=1e-5)
 
 
+def test_pixels_that_are_not_square(tmp_path):
+    ct = body((30, 24, 40), (1.5, 0.9, 1.0))
+    folder = write_series(tmp_path/"a", ct)
+    check_same(folder, ct)
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    assert np.allclose(image.GetSpacing(), ct.spacing)
+
+
 def test_two_orientations_stay_two(tmp_path):
     def turn(k, ds): ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0] if k < 20 else [1, 0.01, 0, -0.01, 1, 0]
     assert error_code(lambda: read_ct(slices_with(turn)(tmp_path/"a"))) == "MIXED_SERIES"
@@ -390,7 +408,7 @@ def test_an_unknown_syntax_is_refused(tmp_path):
         ds["PixelData"].VR = "OB"
     folder = write_series(tmp_path/"a", BODY)
     for path in folder.iterdir(): edit(path, film)
-    assert error_code(lambda: read_ct(folder)) in ("UNREADABLE", "BAD_HEADER")
+    assert error_code(lambda: read_ct(folder)) == "UNREADABLE"
 
 
 def strip(path, meta):
@@ -423,7 +441,8 @@ def test_an_enhanced_file_without_a_preamble(tmp_path):
 def test_an_index_is_no_slice(tmp_path):
     "A DICOMDIR under another name, beside the slices that it lists"
     index = FileSet()
-    index.add(write_series(tmp_path/"one", BODY, drop=range(1, 40), StudyID="1", SeriesNumber=1, StudyTime="1200")/"IM0000")
+    names = dict(StudyID="1", SeriesNumber=1, StudyTime="1200")
+    index.add(write_series(tmp_path/"one", BODY, drop=range(1, 40), **names)/"IM0000")
     index.write(tmp_path/"disc")
     folder = write_series(tmp_path/"a", BODY)
     (tmp_path/"disc"/"DICOMDIR").rename(folder/"index")
@@ -437,6 +456,55 @@ def test_a_folder_of_several_series(tmp_path):
     for path in folder.iterdir(): edit(path, lambda ds: setattr(ds, "SeriesInstanceUID", uid.generate_uid()))
     assert error_code(lambda: read_ct(folder)) == "MIXED_SERIES"
     assert ingest_reasons(tmp_path, folder) == ["TOO_FEW_SLICES"]*40
+
+
+# ---- what ingest says ------------------------------------------------------------------------------------------------
+
+def ingest_json(capfd, tmp_path, *words):
+    "Exit status of radrotator ingest, and what it says to scripts"
+    words = "ingest", tmp_path/"src", "-o", tmp_path/"cts", "--spacing", 4, "--workers", 1, "--json", *words
+    capfd.readouterr()
+    status = main([str(word) for word in words])
+    return status, json.loads(capfd.readouterr().out)
+
+
+def test_nothing_accepted_fails_and_the_options_are_named(tmp_path, capfd):
+    (tmp_path/"src").mkdir()
+    write_nifti_file(tmp_path/"src"/"a.nii", body((30, 24, 40), (1.5, 1.5, 3.21)))
+    write_nifti_file(tmp_path/"src"/"b.nii", body((30, 24, 30), (1.5, 1.5, 1.0)))
+    status, known = ingest_json(capfd, tmp_path)
+    assert (status, known["accepted"], known["options"]) == (1, 0, ["--min-slices 30"])
+    words = known["options"][0].split()
+    status, known = ingest_json(capfd, tmp_path, *words)
+    assert (status, known["options"]) == (1, ["--max-thickness 3.3", "--no-coverage"])
+    words += " ".join(known["options"]).split()
+    status, known = ingest_json(capfd, tmp_path, *words)
+    assert (status, known["accepted"], known["options"]) == (0, 2, [])
+    assert known["roles"] == dict(train=2, validate=0, test=0)
+
+
+def test_an_empty_report_is_a_failure(tmp_path, capfd):
+    (tmp_path/"src").mkdir()
+    (tmp_path/"src"/"letter.txt").write_text("Dear colleague")
+    status, known = ingest_json(capfd, tmp_path)
+    assert (status, known["series"]) == (1, 0)
+
+
+def test_the_judge_says_whom_training_has_seen(tmp_path):
+    for name in "abc": write_nifti_file(tmp_path/f"{name}.nii", body())
+    def groups(*folds):
+        rows = [f"{name},{name},{fold}" for name, fold in zip("abc", folds)]
+        (tmp_path/"folds.csv").write_text("\n".join(["name,patient,fold", *rows]))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            found = [(patient.name, patient.group.split(", ")[-1]) for patient in ct_patients(tmp_path)]
+        return found, [one.category for one in heard]
+    assert groups(1, 7, 2) == ([("CT 1", SEEN["test"])], [])
+    everybody = [("CT 1", SEEN["train"]), ("CT 2", SEEN["train"]), ("CT 3", SEEN["validate"])]
+    assert groups(1, 2, 6) == (everybody, [RadRotatorWarning])
+    (tmp_path/"folds.csv").unlink()
+    with pytest.warns(RadRotatorWarning): found = {patient.group.split(", ")[-1] for patient in ct_patients(tmp_path)}
+    assert not found & {*SEEN.values()}
 
 
 # ---- NIfTI -----------------------------------------------------------------------------------------------------------

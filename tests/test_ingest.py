@@ -264,7 +264,7 @@ FILES = {  # what lies there, and the reasons that it gets, sorted; "" is accept
     "magnetic resonance": (lambda src: slices(src/"s", Modality="MR"), ["NOT_CT"]),
     "one slice cut short": (one_cut, ["UNREADABLE"]),
     "one slice blank": (one_blank, ["MISSING_SLICES", "UNREADABLE"]),
-    "no rows": (lambda src: slices(src/"s", Rows=None), ["BAD_HEADER"]),
+    "no rows": (lambda src: slices(src/"s", Rows=None), ["UNREADABLE"]),
     "no slope": (lambda src: slices(src/"s", RescaleSlope=0), ["NOT_HU"]),
     "huge": (lambda src: slices(src/"s", Rows=60000, Columns=60000), ["TOO_LARGE"]),
     "sform and qform disagree": (two_forms, ["NO_ORIENTATION"]),

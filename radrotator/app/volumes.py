@@ -267,7 +267,7 @@ def fit_about_centre(
 
 # %% ../../nbs/50_app/03_volumes.ipynb #4c233aac
 Volume = Annotated[Path, typer.Argument(
-    metavar="CT", help="NIfTI file, or folder with one DICOM series", show_default=False)]
+    metavar="CT", help="NIfTI file, enhanced DICOM file, or folder with one DICOM series", show_default=False)]
 LargePixels = Annotated[int, typer.Option(min=16, max=4096, help="pixels along each side")]
 OneView = Annotated[float, typer.Option(
     min=20, max=1000, callback=check_finite,

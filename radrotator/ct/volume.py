@@ -41,7 +41,6 @@ class CT:
 # %% ../../nbs/10_ct/00_volume.ipynb #64c97be5
 REASONS = dict(
     UNREADABLE="damaged, cut short, closed to us, or not what its name says",
-    BAD_HEADER="an attribute that reading needs is missing or impossible",
     NOT_CT="another modality, a radiograph, or no medical image at all",
     NOT_HU="the values are not Hounsfield units",
     NOT_A_VOLUME="a single picture, or several volumes in one file",
