@@ -94,9 +94,9 @@ def read_patient_ct(
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #41fcadf2
 SEEN = dict(
-    train="trained on (folds 1 to 5)",
-    validate="used to choose the weights (fold 6)",
-    test="kept back from training (fold 7)",
+    train="trained on",
+    validate="used to choose the weights",
+    test="not trained on",
 )  # what a training on the same folder does with a patient
 
 def name_group(
