@@ -44,7 +44,7 @@ def atomic_file(
 
 # %% ../nbs/00_files.ipynb #013e2cd0
 def _umask():
-    "The process's file mode mask (the system can only tell it by setting it)."
+    "Read the process's file mode mask (the system can only tell it by setting it)."
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -117,7 +117,7 @@ def check_input(
 def sha256(
     path: str | Path,  # a file
 ) -> str:              # 64 hexadecimal digits
-    "SHA-256 of a file's content."
+    "Hash a file's content by SHA-256."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/00_files.ipynb #4a467635

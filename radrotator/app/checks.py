@@ -26,7 +26,7 @@ def check_result(
     if path.name.lower().endswith(kinds): return check_output(path)
     if len(kinds) == 1: raise RadRotatorError(f"cannot write {path}: end the name in {kinds[0]}.", "KIND")
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-    raise RadRotatorError(f"cannot write {path}: its name says no known kind of file. End it in {known}.", "KIND")
+    raise RadRotatorError(f"cannot write {path}: its ending is not a known kind of file. End it in {known}.", "KIND")
 
 # %% ../../nbs/50_app/02_checks.ipynb #9c774302
 def check_folder(

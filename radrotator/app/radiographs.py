@@ -68,7 +68,7 @@ def rotate_command(
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
 ) -> Result:
-    "Turn the patient in a radiograph. The result has the frame of the input; its name says what kind of file it is."
+    "Turn the patient in a radiograph. The result has the frame of the input; its ending (.png, .dcm) sets the format."
     check_result(out)
     check_angles(x, y, z)
     check_input(radiograph)

@@ -169,7 +169,7 @@ def describe_judgement(
 def judgement_result(
     out: Path,     # folder of the report
     about: dict,   # as from `describe_judgement`
-    known: dict,   # as from `write_report`
+    known: dict,   # as from `write_judge_report`
 ) -> Result:
     "Make the command's result of a report."
     texts = []
@@ -217,7 +217,7 @@ def evaluate_command(
     asked = parse_settings(settings) or {}
     from radrotator.evaluate.judge import judge
     from radrotator.evaluate.protocol import Protocol
-    from radrotator.evaluate.report import write_report
+    from radrotator.evaluate.report import write_judge_report
     from radrotator.device import pick_device
     from radrotator.train.config import with_settings
     from radrotator.train.machine import make_accelerator
@@ -235,7 +235,7 @@ def evaluate_command(
     about = describe_judgement(model, protocol, format_command_line(context, quiet=("cts", "out")), weights=name,
                                left_out=left_out, sampling=model.sampling_options(**sampling), device=place,
                                seconds=round(time.perf_counter() - began), processes=accelerator.num_processes)
-    with atomic_folder(out) as folder: known = write_report(folder, found, about)
+    with atomic_folder(out) as folder: known = write_judge_report(folder, found, about)
     return judgement_result(out, about, known)
 
 # %% ../../nbs/50_app/05_training.ipynb #5f38dd11

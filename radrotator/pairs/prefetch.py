@@ -31,7 +31,7 @@ def volume_order(
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #81a2948b
 def _answer(connection, work):
-    "Run a process of the background: receive arguments, send results or refusals."
+    "Answer calls in a background process: receive arguments, send results or refusals."
     detach_from_group()
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):  # the other side has closed
@@ -123,7 +123,7 @@ def _ensure_process(self: Prefetcher) -> tuple: # process and connection
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #febb9cb8
 @patch
 def _call_in_process(self: Prefetcher, argument):
-    "Call in this thread's process, in a new one where it has died; None where that died as well."
+    "Call in this thread's process, or in a new one if that has died; give None if both have."
     for attempt in range(2):
         if self.closed: break
         process, connection = self._ensure_process()
