@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core import RadRotatorError, parallel_map
+from ..core import RadRotatorError
+from ..processes import parallel_map
 from .nifti import has_nifti_mark, nifti_header, nifti_shape, stem_of
 from .series import DICOM_NAMES, is_index
 from .slices import MAX_SERIES_BYTES
