@@ -4,8 +4,8 @@
     python .ci/docs.py --to FOLDER    elsewhere
     python .ci/docs.py --prepare      nbdev's part alone, into _proc/: what Quarto then renders
 
-Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs but those
-that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
+Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs
+but those that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
 """
 import argparse, ast, base64, html, itertools, json, os, re, shutil, tempfile
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ def linked(item):
 
 
 def sections_of(sidebar):
-    "The sections of the sidebar, (title, its entries), as Quarto makes them: a glob is its files in the order of their names"
+    "The sections of the sidebar, (title, entries), as Quarto makes them: a glob is its files in order of their names"
     for item in sidebar["contents"]:
         if isinstance(item, str) or "href" in item: yield "", [linked(item)]
         elif isinstance(item["contents"], str):
@@ -53,8 +53,8 @@ def outward(text, folder, settings):
 
 
 def ready(notebook):
-    """A notebook that nbdev takes as it is meant: only the title goes into the front matter, methods are shown with their class,
-    and no cell runs for the import in it if it does more than import"""
+    """A notebook that nbdev takes as it is meant: only the title goes into the front matter, methods are shown with
+    their class, and no cell runs for the import in it if it does more than import"""
     nb = json.loads(notebook)
     first = next(cell for cell in nb["cells"] if cell["cell_type"] == "markdown")
     title, rest = re.match(r"(#[^\n]*\n*(?:>[^\n]*\n*)?)(.*)", "".join(first["source"]), re.DOTALL).groups()
@@ -71,7 +71,7 @@ def ready(notebook):
 
 
 def prepare(sections, to):
-    "Process copies of the notebooks of these sections as nbdev does for Quarto, so that the checkout stays as it is; nbdev's settings"
+    "Process copies of these sections' notebooks as nbdev does for Quarto, so that the checkout stays as it is; settings"
     from nbdev.serve import proc_nbs
     notebooks = [name for _, entries in sections for name, _ in entries]
     made = {}
@@ -79,9 +79,11 @@ def prepare(sections, to):
     with tempfile.TemporaryDirectory() as folder:
         copy, home = Path(folder), Path.cwd()
         settings = (ROOT/"settings.ini").read_text(encoding="utf-8")
-        (copy/"settings.ini").write_text(settings.replace("[DEFAULT]", "[DEFAULT]\nrenderer = signatures.Signature", 1), encoding="utf-8")
+        settings = settings.replace("[DEFAULT]", "[DEFAULT]\nrenderer = signatures.Signature", 1)
+        (copy/"settings.ini").write_text(settings, encoding="utf-8")
         shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns("*.ipynb", ".*"))
-        for name in notebooks: (copy/"nbs"/name).write_text(ready((ROOT/"nbs"/name).read_text(encoding="utf-8")), encoding="utf-8")
+        for name in notebooks:
+            (copy/"nbs"/name).write_text(ready((NOTEBOOKS/name).read_text(encoding="utf-8")), encoding="utf-8")
         os.chdir(copy)
         try:
             proc_nbs(n_workers=0)
@@ -106,32 +108,38 @@ def defined(nb):
         text = "".join(output.get("data", {}).get("text/markdown", ""))
         if "::: {.signature}" not in text: continue
         heading, *parts = text.split("\n\n")
-        name, _, method = heading.lstrip("# ").partition(".")
+        symbol = heading.lstrip("# ")
+        name, _, method = symbol.partition(".")
         words = (part for part in parts if not re.match(r":::|```|\[source\]|\[[^]]*\]\{", part))
-        summary, methods = names.setdefault(name, (next(words, "").replace("\n", " "), {}))
-        if method: methods[method] = f"{name}.{method}".lower()
-        else: methods.update((anchor.partition(".")[2], anchor) for anchor in re.findall(r"\{\.parameter #(\S+)\}", text))
+        if name in names: names[name][1][method] = symbol.lower()
+        else: names[symbol] = next(words, "").replace("\n", " "), {}  # or a method of a class of another room
+        anchors = re.findall(r"\{\.parameter #(\S+)\}", text)  # of the methods that stand in the class's own cell
+        for anchor in anchors: names[name][1][anchor.partition(".")[2]] = anchor
     return dict(sorted(names.items(), key=lambda found: found[0][0].islower()))
+
+
+def rows_of(names):
+    "The list of names for the top of their page"
+    for symbol, (summary, methods) in names.items():
+        more = " ".join(f"[`.{method}`](#{anchor})" for method, anchor in methods.items())
+        yield f"[`{symbol}`](#{symbol.lower()})\n:   {f'{summary} {more}'.strip() or '&nbsp;'}"
+
+
+def name_list(rows): return markdown_cell("\n\n".join(["::: {.names}", *rows, ":::"]))
 
 
 def add_names(made, sections):
     "Put a list of its public names at the top of every page that has some, and all of them on the page of the API"
-    tables = []
     for title, entries in sections:
         rooms = []
         for name, _ in entries:
-            if not (names := defined(made[name])): continue
-            rows = []
-            for symbol, (summary, methods) in names.items():
-                more = " ".join(f"[`.{method}`](#{anchor})" for method, anchor in methods.items())
-                rows.append(f"[`{symbol}`](#{symbol.lower()})\n:   {summary} {more}".rstrip() or "&nbsp;")
-            cells = made[name]["cells"]
+            cells, names = made[name]["cells"], defined(made[name])
+            if not names: continue
+            cells.insert(1, name_list(rows_of(names)))
             front = yaml.safe_load("".join(cells[0]["source"]).strip().strip("-"))
-            cells.insert(1, markdown_cell("::: {.names}\n\n" + "\n\n".join(rows) + "\n\n:::"))
             links = " ".join(f"[`{symbol}`]({name}#{symbol.lower()})" for symbol in names)
             rooms.append(f"[{front['title']}]({name})\n:   {links}")
-        if rooms: tables.append(f"## {title}\n\n::: {{.names}}\n\n" + "\n\n".join(rooms) + "\n\n:::")
-    if "api.ipynb" in made: made["api.ipynb"]["cells"].append(markdown_cell("\n\n".join(tables)))
+        if rooms: made.get("api.ipynb", dict(cells=[]))["cells"] += [markdown_cell(f"## {title}"), name_list(rooms)]
 
 
 def markdown_cell(text): return dict(cell_type="markdown", metadata={}, source=text)
@@ -169,7 +177,8 @@ def directives(source):
     "A cell's `#| name: value` lines, and the rest of it"
     lines = source.splitlines()
     found = dict(match.groups() for match in map(DIRECTIVE.match, lines) if match)
-    return {name: yaml.safe_load(value) for name, value in found.items()}, "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
+    rest = "\n".join(line for line in lines if not DIRECTIVE.match(line))
+    return {name: yaml.safe_load(value) for name, value in found.items()}, rest.strip("\n")
 
 
 def shown(output, options, save):
@@ -180,9 +189,11 @@ def shown(output, options, save):
     if "text" in output: return fence("".join(output["text"]).rstrip(), "output")
     for kind in PICTURES.keys() & data.keys():
         alt = f" fig-alt={json.dumps(options['fig-alt'])}" if "fig-alt" in options else ""
-        return f"![{options.get('fig-cap', '')}]({save(base64.b64decode(data[kind]), PICTURES[kind])}){{{label}{alt}}}".removesuffix("{}")
+        file = save(base64.b64decode(data[kind]), PICTURES[kind])
+        return f"![{options.get('fig-cap', '')}]({file}){{{label}{alt}}}".removesuffix("{}")
     if "text/html" in data: return f"```{{=html}}\n{data['text/html']}\n```"
-    if "text/markdown" in data: return data["text/markdown"] + (f"\n\n: {options['tbl-cap']} {{{label}}}" if "tbl-cap" in options else "")
+    caption = f"\n\n: {options['tbl-cap']} {{{label}}}" if "tbl-cap" in options else ""
+    if "text/markdown" in data: return data["text/markdown"] + caption
     return fence(data.get("text/plain", ""), "output")
 
 
@@ -205,7 +216,8 @@ def markdown(page, nb, folder):
             options, source = directives(source)
             if options.get("include") is False: continue
             if source and options.get("echo") is not False: yield fence(source, "python")
-            if options.get("output") is not False: yield from (shown(output, options, save) for output in cell["outputs"])
+            if options.get("output") is False: continue
+            for output in cell["outputs"]: yield shown(output, options, save)
 
 
 def number(soup, prefix, word):
@@ -251,20 +263,23 @@ def sections(soup):
     for heading in soup.select("h2[id], h3[id]"):
         following = list(itertools.takewhile(lambda part: part.name not in ("h2", "h3"), heading.find_next_siblings()))
         symbol = bool(following) and "signature" in following[0].get("class", [])
-        yield heading["id"], heading.get_text(), heading.name + " symbol"*symbol, " ".join(" ".join(part.get_text() for part in following).removeprefix("\nsource").split())
+        words = " ".join(part.get_text() for part in following).removeprefix("\nsource")
+        yield heading["id"], heading.get_text(), heading.name + " symbol"*symbol, " ".join(words.split())
 
 
 def body_of(page, nb, folder, settings):
     "The page's text as HTML, with what pandoc leaves to Quarto done"
     import pypandoc
-    made = pypandoc.convert_text("\n\n".join(markdown(page, nb, folder)), "html5", format="markdown+autolink_bare_uris", extra_args=["--mathml", "--wrap=none", "--columns=9999"])
+    made = pypandoc.convert_text("\n\n".join(markdown(page, nb, folder)), "html5", format="markdown+autolink_bare_uris",
+                                 extra_args=["--mathml", "--wrap=none", "--columns=9999"])
     soup = BeautifulSoup(made, "html.parser")
     for anchor in soup.select("pre a[aria-hidden]"): anchor.decompose()  # one for each line of code
     for caption in soup.select("figcaption"): del caption["aria-hidden"]
     for prefix, word in (("fig", "Figure"), ("tbl", "Table")): number(soup, prefix, word)
     relink(soup, page, settings.doc_host + settings.doc_baseurl + "/")
     for box in soup.select("[class*=callout-]"): call_out(soup, box)
-    for wide in soup.select("table, math[display=block]"): wide.wrap(soup.new_tag("div" if wide.name == "table" else "span", attrs={"class": "scroll"}))
+    for wide in soup.select("table, math[display=block]"):
+        wide.wrap(soup.new_tag("div" if wide.name == "table" else "span", attrs={"class": "scroll"}))
     page.sections = list(sections(soup))
     return soup
 
@@ -282,7 +297,7 @@ def sidebar_of(page, groups):
     for title, pages in groups:
         rows = "".join(f"<li>{link(page, other)}</li>" for other in pages)
         if not title: yield f"<ul>{rows}</ul>"
-        else: yield f"<details{' open'*(page in pages)}><summary>{html.escape(title)}</summary><ul>{rows}</ul></details>"
+        else: yield f"<details{' open'*(page in pages)}><summary>{title}</summary><ul>{rows}</ul></details>"
 
 
 def contents(page):
@@ -327,7 +342,8 @@ def render(sections, website, proc, folder, settings):
     "Every page, and what a search looks through"
     groups = [(title, [Page(name, title, label) for name, label in entries]) for title, entries in sections]
     pages = [page for _, others in groups for page in others]
-    texts = [body_of(page, json.loads((proc/page.notebook).read_text(encoding="utf-8")), folder, settings) for page in pages]
+    notebooks = [json.loads((proc/page.notebook).read_text(encoding="utf-8")) for page in pages]
+    texts = [body_of(page, nb, folder, settings) for page, nb in zip(pages, notebooks)]
     unlink_missing(pages, texts)
     for page, soup in zip(pages, texts): write_page(page, groups, soup, website, settings, folder)
     found = json.dumps([*search_entries(pages)], ensure_ascii=False)
