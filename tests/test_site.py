@@ -34,6 +34,7 @@ LOOK = r"""() => {
   if (wide > innerWidth) say("wider than the screen", `${wide} pixels of ${innerWidth}, ` + [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .scroll")).map(e => e.tagName + " " + e.className).slice(0, 3))
   const names = document.querySelector("main .names"), signature = document.querySelector("main .signature")
   if (signature && !(names && names.compareDocumentPosition(signature) & Node.DOCUMENT_POSITION_FOLLOWING)) say("no list of names above", signature.previousElementSibling?.id)
+  for (const link of document.querySelectorAll(".names a[href='#']")) say("a name that leads nowhere", link.innerText)
   if (document.querySelectorAll("h1").length != 1) say("not one title", document.querySelectorAll("h1").length)
   for (const thing of document.querySelectorAll("button, input, nav")) if (!(thing.getAttribute("aria-label") || thing.innerText).trim()) say("no name for a screen reader", thing.outerHTML)
   for (const link of document.querySelectorAll("a[href]")) if (!(link.innerText || link.textContent || link.getAttribute("aria-label") || "").trim() && !link.querySelector("img[alt]")) say("link without words", link.href)
@@ -130,13 +131,13 @@ def test_what_is_wrong_is_seen(tmp_path, screen):
     "The checks above, on a page with every fault that they know"
     (tmp_path/"bad.html").write_text(f"""<!doctype html><h1>a</h1><h1>b</h1><main><p>::: {{.callout-note}} as @fig-one shows, $x_t$ and see 03_drr.ipynb</p>
         <pre>#| export\nx = 1</pre><pre class=error>E</pre><pre>Traceback (most recent call last)</pre><p>&lt;matplotlib.axes&gt;</p><img src=gone.png><div style="width: 900px">wide</div>
-        <pre style="white-space: pre; overflow: auto">{"x"*400}</pre><div class=scroll style="overflow: auto"><p style="width: 2000px">t</div><h3 id=f>f</h3><div class=signature></div>
+        <pre style="white-space: pre; overflow: auto">{"x"*400}</pre><div class=scroll style="overflow: auto"><p style="width: 2000px">t</div><h3 id=f>f</h3><div class=signature></div><p class=names><a href="#">g</a></p>
         <span class=math>x</span><button></button><p id=a><p id=a><a href=#nowhere>x</a><a href=gone.html>y</a><a href=http://localhost:9/>z</a></main><script>nonsense()</script>""", encoding="utf-8")
     seen = {tmp_path/"bad.html": look(screen, tmp_path/"bad.html")}
     words = "\n".join(seen[tmp_path/"bad.html"][0] + list(broken(seen)))
     for fault in ("raw markup: :::", "raw markup: @fig-one", "raw markup: $x_t$", "raw markup: 03_drr.ipynb", "raw directive: #| export", "stored error", "stored output: Traceback", "stored output: <matplotlib",
                   "missing picture: gone.png", "picture without words", "wider than the screen", "equation left as TeX", "no name for a screen reader", "the same anchor twice", "not one title: 2",
-                  "cut at 390 pixels: PRE", "cut at 1280 pixels: PRE", "cut at 1280 pixels: DIV scroll", "no list of names above: f", "no anchor bad.html#nowhere", "no page", "script: ", "console: "):
+                  "cut at 390 pixels: PRE", "cut at 1280 pixels: PRE", "cut at 1280 pixels: DIV scroll", "no list of names above: f", "a name that leads nowhere: g", "no anchor bad.html#nowhere", "no page", "script: ", "console: "):
         assert fault in words, fault
     assert "localhost" not in words  # links to elsewhere are nobody's promise
 
