@@ -220,7 +220,7 @@ def test_with_the_keyboard_and_on_a_phone(site, screen):
     folded = pages.locator("details", has=screen.get_by_text("Phantom", exact=True))
     assert not folded.locator("a").first.is_visible() and pages.locator("details[open]").count() == 1
     folded.locator("summary").press("Enter")
-    assert folded.locator("a").all_inner_texts()[0] == "Grid" and folded.locator("a").first.is_visible()
+    assert folded.locator("a").all_inner_texts()[0] == "Grid and labels" and folded.locator("a").first.is_visible()
     assert not screen.wrong
 
 
