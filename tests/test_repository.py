@@ -3,7 +3,6 @@ import json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
-import yaml
 from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,12 +55,6 @@ def test_readme_is_the_index_notebook():
 def test_slow_and_gpu_cells_are_left_out():
     # A | between the flags would skip nothing, silently.
     assert get_config(path=ROOT).tst_flags.split() == ["slow", "gpu"]
-
-
-def test_sidebar_lists_every_notebook():
-    sidebar = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    listed = [page if isinstance(page, str) else page["href"] for section in sidebar for page in section["contents"]]
-    assert sorted(listed) == sorted(p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS)
 
 
 @each_notebook
