@@ -17,7 +17,7 @@ from radrotator.app import console
 from radrotator.app.console import COMMAND_GROUPS, list_examples
 from radrotator.app.demo import DEMO_TITLE
 from radrotator.cli import app, main
-from radrotator.core import PICTURES
+from radrotator.files import PICTURES
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
 from radrotator.evaluate.patients import FIRST_TEST_SEED
@@ -273,19 +273,19 @@ REFUSED = {
     "train -o run --phantoms 0": "--phantoms",
     "train -o run --bones hip.png": "NOT_AN_ATLAS hip.png",
     "train -o run --init gone.safetensors": "NO_WEIGHTS gone.safetensors",
-    "train -o run --init untrained.safetensors": "* untrained.safetensors",
+    "train -o run --init untrained.safetensors": "OTHER_NETWORK untrained.safetensors",
     "train -o run --data . --cts .": "ONE_SOURCE --data --cts",
     "train -o run --data . --bones hip.png": "NOT_AN_ATLAS hip.png",
-    "train -o run --data nowhere": "* nowhere",
-    "train -o run --data other": "* other",
+    "train -o run --data nowhere": "NO_SETS nowhere",
+    "train -o run --data other": "NO_SETS other",
     "train -o run --cts other": "NO_CT other",
-    "train -o run --phantoms 1 --together 12": "* 12 8",
+    "train -o run --phantoms 1 --together 12": "BAD_SETTING 12 8",
     "train -o run --phantoms 1 --set steps=3": "USAGE --steps",
     "train -o run --phantoms 1 --set rate": "USAGE 'rate'",
-    "train -o run --phantoms 1 --set rate=x": "* rate 'x'",
-    "train -o run --phantoms 1 --set data.magic=1": "* 'magic' drrs",
+    "train -o run --phantoms 1 --set rate=x": "BAD_VALUE rate 'x'",
+    "train -o run --phantoms 1 --set data.magic=1": "NO_SETTING magic drrs",
     "train -o run --phantoms 1 --set batch=20": "* 20 8",
-    "report other": "* other",
+    "report other": "NO_LOG other",
 
     f"demo -o other {LIFT}": "NOT_A_DEMO other",
     f"demo -o hip.png {LIFT}": "NOT_A_DEMO hip.png",

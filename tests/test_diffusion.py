@@ -11,7 +11,7 @@ from radrotator.model.diffusion import variance_loss, velocity, velocity_loss
 from radrotator.model.sample import ddim, ddim_inversion, ddpm, denoiser, guide, time_steps
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.train.config import TrainConfig
-from radrotator.train.questions import joined, loss_of, questions
+from radrotator.train.objective import compute_loss, join_batches, make_noisy_batches
 
 EVERY = torch.arange(STEPS)
 
@@ -89,8 +89,9 @@ def test_variance_head_of_a_network_learns():
     config = TrainConfig(UNetConfig(**small))
     network = UNet(config.unet)
     last = network.out[-1].weight
-    asked = joined(questions(Batch(*torch.rand(2, 8, 1, 16, 16), torch.zeros(8, 3)), config, "cpu", "test"))
-    loss_of(network, asked, config).backward()
+    batch = Batch(*torch.rand(2, 8, 1, 16, 16), torch.zeros(8, 3))
+    asked = join_batches(make_noisy_batches(batch, config, "cpu", "test"))
+    compute_loss(network, asked, config).backward()
     assert last.shape[0] == 2 and (last.grad.flatten(1).norm(dim=1) > 0).all()
 
 

@@ -13,8 +13,8 @@ from radrotator.app.console import UsageError
 from radrotator.app.options import parse_settings, parse_shard
 from radrotator.cli import app
 from radrotator.core import RadRotatorError
-from radrotator.run import RunRequest, train_config
-from radrotator.train.machine import share_of
+from radrotator.train.run import RunRequest, train_config
+from radrotator.train.machine import assign_pairs
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
 SBATCH = set(  # of its manual
@@ -89,7 +89,7 @@ def check(command):
         settings = parse_settings(given["settings"])
         request = RunRequest(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings)
         config, _ = train_config(request)
-        share_of(config.batch, 0, processes)
+        assign_pairs(config.batch, 0, processes)
 
 
 def test_the_page_has_jobs():

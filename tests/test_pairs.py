@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from processes import QUIET, children_of, is_worker, serving, wait_until
-from radrotator.core import RadRotatorError, error_code, sha256, shared_data
+from radrotator.core import error_code, shared_data
+from radrotator.files import sha256
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
 from radrotator.drr.render import Renderer

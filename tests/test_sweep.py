@@ -346,13 +346,13 @@ def test_other_settings_are_refused(name, begun):
     asked = dict(CHANGES[name])
     if "model" in asked: asked["model"] = model_of(asked["model"])
     before = content(begun.with_name(".turn.mp4.frames"))
-    with refused("OTHER_SETTINGS") as error: write(begun, resume=True, **asked)
+    with refused("OTHER_SETTING") as error: write(begun, resume=True, **asked)
     assert f" {name}." in str(error.value) and "\n" not in str(error.value)
     assert content(begun.with_name(".turn.mp4.frames")) == before
 
 
 def test_another_radiograph_is_refused(begun):
-    with refused("OTHER_SETTINGS") as error:
+    with refused("OTHER_SETTING") as error:
         model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
     assert " radiograph." in str(error.value)
     manifest = (begun.with_name(".turn.mp4.frames")/"manifest.json").read_text()
@@ -548,8 +548,8 @@ MANIFESTS = {
     "": "DAMAGED_MANIFEST",
     "null": "DAMAGED_MANIFEST",
     '"frames"': "DAMAGED_MANIFEST",
-    "[]": "OTHER_SETTINGS",
-    "{}": "OTHER_SETTINGS",
+    "[]": "OTHER_SETTING",
+    "{}": "OTHER_SETTING",
 }
 
 

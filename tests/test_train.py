@@ -19,10 +19,10 @@ from radrotator.geometry import CArm
 from radrotator.model.weights import load_weights
 from radrotator.pairs.protocol import draw_poses
 from radrotator.pairs.sets import write_set
-from radrotator.train.checkpoint import checkpoints, read_checkpoint
-from radrotator.train.config import GRAIN, PRESETS, with_settings
+from radrotator.train.checkpoint import list_checkpoints, read_checkpoint
+from radrotator.train.config import RNG_CHUNK, PRESETS, with_settings
 from radrotator.train.log import COLUMNS, read_log
-from radrotator.train.machine import share_of
+from radrotator.train.machine import assign_pairs
 
 RECIPE = {
     "unet.size": "16",
@@ -47,7 +47,7 @@ def warm_up():
     "Do once what every run would do again"
     import accelerate, torch._dynamo, radrotator.train.feeds, radrotator.train.log
     main(["train", "--help"])
-    radrotator.train.log.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
+    radrotator.train.log.draw_curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def plain(server, untold, tmp_path_factory):
 
 def tensors(run):
     "Those of the newest checkpoint"
-    files = checkpoints(run)[-1].glob("*.safetensors")
+    files = list_checkpoints(run)[-1].glob("*.safetensors")
     return {f"{path.stem}.{key}": tensor for path in files for key, tensor in load_file(path).items()}
 
 
@@ -172,7 +172,7 @@ def same(a, b):
     one, two = tensors(a), tensors(b)
     assert {key.split(".")[0] for key in one} == {"network", "ema", "optimizer"}
     best = [load_weights(run/"weights.safetensors")[0].state_dict() for run in (a, b)]
-    return checkpoints(a)[-1].name == checkpoints(b)[-1].name and equal(one, two) and equal(*best)
+    return list_checkpoints(a)[-1].name == list_checkpoints(b)[-1].name and equal(one, two) and equal(*best)
 
 
 def close(a, b):
@@ -228,10 +228,10 @@ def test_killed_anywhere_it_ends_in_the_same_weights(server, sets, whole, tmp_pa
         ended = server(train(sets, run, "--resume"), **way)
         assert ended.was_killed or ended.status == 0, ended
         killed += ended.was_killed
-        for path in checkpoints(run): assert step_of(path) == int(path.name[11:])  # what has its name is whole
+        for path in list_checkpoints(run): assert step_of(path) == int(path.name[11:])  # what has its name is whole
     assert server(train(sets, run, "--resume")).went_well and killed >= 8
     assert same(run, whole) and figures(run) == figures(whole)
-    assert column(run, "step") == [5, 10, 15, 20] and 3 <= len(checkpoints(run)) <= 4
+    assert column(run, "step") == [5, 10, 15, 20] and 3 <= len(list_checkpoints(run)) <= 4
     assert not hidden(run) and {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -241,7 +241,7 @@ def test_told_to_stop_it_saves_this_very_step(server, untold, plain, tmp_path):
     ended = server(as_json(train(untold, run)), at=(str(run), "open /log", 1, "signal", "SIGTERM"))
     found = outcome(ended)
     assert (found["step"], found["end"]) == (6, "signal")
-    assert list(map(step_of, checkpoints(run))) == [5, 6] and not hidden(run)
+    assert list(map(step_of, list_checkpoints(run))) == [5, 6] and not hidden(run)
     assert server(train(untold, run, "--resume")).went_well
     assert same(run, plain) and column(run, "step") == [5, 6, 10, 15, 20]
 
@@ -253,7 +253,7 @@ def test_told_to_stop_with_its_readers_while_they_start(number, server, untold, 
     process = server.start(as_json(train(untold, run, steps=10**6, workers=1)))
     wait_until((run/"log.csv").exists)
     os.killpg(process.pid, number)
-    assert outcome(server.end(process))["end"] == "signal" and checkpoints(run)
+    assert outcome(server.end(process))["end"] == "signal" and list_checkpoints(run)
 
 
 def test_one_process_works_in_a_folder(server, untold, tmp_path):
@@ -263,7 +263,7 @@ def test_one_process_works_in_a_folder(server, untold, tmp_path):
     is_refused(server(train(untold, run, "--resume", steps=10**6)), "LOCKED", str(run))
     os.kill(first.pid, signal.SIGTERM)
     step = outcome(server.end(first))["step"]
-    assert step_of(checkpoints(run)[-1]) == step == column(run, "step")[-1]
+    assert step_of(list_checkpoints(run)[-1]) == step == column(run, "step")[-1]
 
 
 def resumed_to_the_bit(server, words, tmp_path):
@@ -289,7 +289,7 @@ def train_on_cts(cts, run, *words, **changed):
 def test_pairs_rendered_while_training_are_resumed_to_the_bit(server, tmp_path):
     cts = write_balls(tmp_path/"cts", 4, [1]*4)
     def words(run): return train_on_cts(cts, run, "--steps", 10, held=2, refresh=3)
-    assert step_of(checkpoints(resumed_to_the_bit(server, words, tmp_path))[-1]) == 10
+    assert step_of(list_checkpoints(resumed_to_the_bit(server, words, tmp_path))[-1]) == 10
 
 
 def test_cts_without_a_table_of_folds_stay_untouched_and_a_later_one_is_named(server, tmp_path):
@@ -311,9 +311,9 @@ def test_a_run_ends_when_the_average_gets_no_better(server, sets, tmp_path):
     waited = [step - int(np.argmin(errors[:step + 1])) for step in range(len(errors))]
     assert waited[-1] == 2 and max(waited[:-1]) < 2
     assert load_weights(run/"weights.safetensors")[1]["steps"] == len(errors) - 2
-    before = [path.name for path in checkpoints(run)]
+    before = [path.name for path in list_checkpoints(run)]
     assert outcome(server(words))["end"] == "patience"  # and does not begin again
-    assert [path.name for path in checkpoints(run)] == before
+    assert [path.name for path in list_checkpoints(run)] == before
 
 
 # ---- how it is computed ----------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_a_process_that_reads_is_killed_and_the_number_of_them_changes_nothing(s
     run = tmp_path/"run"
     for seconds in (20, 0):  # while a row is written; whenever it may be
         words = train(untold, run, "--resume", workers=1, every=2)
-        is_refused(server(words, at=(str(run), "open /log", 2, "worker", seconds)), None, "--resume")
-        assert checkpoints(run) and not hidden(run)
+        is_refused(server(words, at=(str(run), "open /log", 2, "worker", seconds)), "READER_KILLED", "--resume")
+        assert list_checkpoints(run) and not hidden(run)
     assert server(train(untold, run, "--resume", workers=2)).went_well
     assert same(run, plain)
 
@@ -369,7 +369,7 @@ def test_two_processes_stop_together_where_one_is_told_to(server, untold, tmp_pa
     wait_until(lambda: has_rows(run, 2))
     os.kill(both[1].pid, signal.SIGTERM)
     for each in both: assert server.end(each).went_well
-    step = step_of(checkpoints(run)[-1])
+    step = step_of(list_checkpoints(run)[-1])
     assert step == column(run, "step")[-1] and not hidden(run)
     assert server(train(untold, run, "--resume", steps=step + 1)).went_well
     assert len(set(column(run, "step"))) == len(read_log(run))
@@ -377,19 +377,19 @@ def test_two_processes_stop_together_where_one_is_told_to(server, untold, tmp_pa
 
 def test_two_processes_that_see_different_folders_do_not_begin(server, untold, plain, tmp_path):
     far = shutil.copytree(plain, tmp_path/"far")
-    shutil.rmtree(checkpoints(far)[-1])
+    shutil.rmtree(list_checkpoints(far)[-1])
     calls = [train(untold, run, "--resume", steps=40, every=1) for run in (plain, far)]
     for run, each in zip((plain, far), start_together(server, *calls)):
         ended = server.end(each)
-        assert ended.status == 2 and str(run) in ended.err, ended
+        assert (ended.status, ended.code) == (2, "OTHER_FOLDER"), ended
 
 
 def test_a_batch_that_cannot_be_shared(server, untold, tmp_path):
     for each in start_together(server, train(untold, tmp_path/"run", batch=8)):
-        is_refused(server.end(each), None, " 8 ", " 2 ", " 16")
+        is_refused(server.end(each), "UNEVEN_BATCH", " 8 ", " 2 ", " 16")
     assert not (tmp_path/"run").exists()
-    for batch, processes in ((GRAIN, 1), (3, 1), (48, 3), (64, 4)):
-        shares = [share_of(batch, process, processes) for process in range(processes)]
+    for batch, processes in ((RNG_CHUNK, 1), (3, 1), (48, 3), (64, 4)):
+        shares = [assign_pairs(batch, process, processes) for process in range(processes)]
         assert [i for share in shares for i in share] == list(range(batch))
 
 
@@ -453,7 +453,7 @@ def test_a_watched_ct_is_never_learned_from_and_helps_to_choose(server, bodies, 
     assert about["watched_skill"] < 1 and "other" not in str(about)  # a file may bear a patient's name
 
 
-@pytest.mark.parametrize("name, code", [("v1.nii.gz", "WATCHED"), ("none.nii.gz", None)])
+@pytest.mark.parametrize("name, code", [("v1.nii.gz", "WATCHED"), ("none.nii.gz", "NO_FILE")])
 def test_what_cannot_be_watched(name, code, server, bodies, tmp_path):
     is_refused(server(lift(bodies, tmp_path/"run", "--watch", bodies/name)), code, name.split(".")[0])
 
@@ -492,16 +492,16 @@ def test_what_cannot_be_lifted_is_one_line(server, bodies, sets, lifted, tmp_pat
     begun = shutil.copytree(lifted, tmp_path/"e")
     otherwise = typed("train", "--cts", bodies, "-o", begun, "--resume", "--device", "cpu", "--set", "lift.slabs=12")
     cases = [
-        (lift(bodies, run, rate=1e30, warmup=0, every=1), None, ["step 2"]),
+        (lift(bodies, run, rate=1e30, warmup=0, every=1), "NOT_FINITE", ["step 2"]),
         (lift(bodies, tmp_path/"a", **{"lift.canvas": 50}), None, ["canvas", "50", "32"]),
-        (lift(bodies, tmp_path/"b", **{"lifting.view": -1}), None, ["view", "-1.0"]),
-        (lift(bodies, tmp_path/"c", **{"unet.size": 32}), None, ["unet.size"]),
+        (lift(bodies, tmp_path/"b", **{"lifting.view": -1}), "BAD_SETTING", ["view", "-1.0"]),
+        (lift(bodies, tmp_path/"c", **{"unet.size": 32}), "IDLE_SETTING", ["unet.size"]),
         (of_sets, "NO_SLABS", []),
         (otherwise, "OTHER_SETTING", ["lift.slabs", "8", "12"]),
     ]
     running = [server.start(call) for call, *_ in cases]
     for process, (_, code, values) in zip(running, cases): is_refused(server.end(process), code, *values)
-    assert step_of(checkpoints(run)[-1]) == 1 and all(tensor.isfinite().all() for tensor in tensors(run).values())
+    assert step_of(list_checkpoints(run)[-1]) == 1 and all(tensor.isfinite().all() for tensor in tensors(run).values())
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -509,8 +509,8 @@ def test_what_cannot_be_lifted_is_one_line(server, bodies, sets, lifted, tmp_pat
 @pytest.mark.parametrize("where", ["open /.weights", "os.mkdir /.checkpoint"])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(where, server, untold, plain, tmp_path):
     run = tmp_path/"run"
-    is_refused(server(train(untold, run), at=(str(run), where, 3, "full", 20_000)), None, str(run))
-    assert not hidden(run) and list(map(step_of, checkpoints(run))) == [5]
+    is_refused(server(train(untold, run), at=(str(run), where, 3, "full", 20_000)), "NOT_WRITTEN", str(run))
+    assert not hidden(run) and list(map(step_of, list_checkpoints(run))) == [5]
     assert server(train(untold, run, "--resume")).went_well
     assert same(run, plain)
 
@@ -518,9 +518,9 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(where, server, untold, 
 def test_a_loss_that_is_no_number(server, untold, tmp_path):
     run = tmp_path/"run"
     ended = server(train(untold, run, every=1, rate=1e30, warmup=0))
-    is_refused(ended, None)
+    is_refused(ended, "NOT_FINITE")
     step = int(re.search(r"step (\d+)", ended.err)[1])
-    assert 1 < step <= 20 and not hidden(run) and step_of(checkpoints(run)[-1]) == step - 1
+    assert 1 < step <= 20 and not hidden(run) and step_of(list_checkpoints(run)[-1]) == step - 1
     assert all(tensor.isfinite().all() for tensor in tensors(run).values())
 
 
@@ -565,7 +565,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(server, untold, plain,
     begun = []
     for name, spoil in BROKEN.items():
         run = shutil.copytree(plain, tmp_path/name)
-        spoil(checkpoints(run)[-1])
+        spoil(list_checkpoints(run)[-1])
         begun.append((run, server.start(train(untold, run, "--resume", every=1))))
     for run, process in begun:
         is_warned(server.end(process), "checkpoint-00000020")
@@ -574,9 +574,9 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(server, untold, plain,
 
 def test_where_all_are_broken_it_says_so_and_begins_nothing(server, untold, plain, tmp_path):
     run = shutil.copytree(plain, tmp_path/"run")
-    for path in checkpoints(run): BROKEN["cut"](path)
+    for path in list_checkpoints(run): BROKEN["cut"](path)
     for _ in range(2):  # a scheduler asks again
-        is_refused(server(train(untold, run, "--resume", every=1)), None, str(run), " 3 ")
+        is_refused(server(train(untold, run, "--resume", every=1)), "NO_CHECKPOINT", str(run), " 3 ")
     assert figures(run) == figures(plain) and load_weights(run/"weights.safetensors")[1]["steps"] == 20
 
 
