@@ -26,7 +26,8 @@ def nbdev(command, folder):
 
 def contents(folder, pattern):
     "The files under `folder` that match, by relative path"
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob(pattern)) if ".ipynb_checkpoints" not in p.parts}
+    files = [path for path in sorted(folder.rglob(pattern)) if ".ipynb_checkpoints" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def differing(a, b):
@@ -70,6 +71,7 @@ def test_stored_outputs_are_fit_to_publish(path):
     "No error, no folder of the author's machine, and small enough to load"
     outputs = [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"]
-    text = json.dumps([o.get("text", "") or {k: v for k, v in o["data"].items() if not k.startswith("image/")} for o in outputs])
+    def without_pictures(data): return {kind: value for kind, value in data.items() if not kind.startswith("image/")}
+    text = json.dumps([o.get("text", "") or without_pictures(o["data"]) for o in outputs])
     assert not re.search(r"(?<![\w.])/(home|root|Users|tmp)/", text) and f"{ROOT}/" not in text
     assert path.stat().st_size < 500_000
