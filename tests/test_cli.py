@@ -130,6 +130,7 @@ def test_angles(command, axis, angle, here, capfd):
 @pytest.mark.parametrize("command", [("rotate", "hip.png", *WEIGHTS), ("drr", "body.nii.gz")], ids=lambda c: c[0])
 @pytest.mark.parametrize("out", BAD_OUTPUTS)
 def test_outputs(command, out, here, capfd):
+    if command[0] == "rotate" and out in ("out", "other"): return         # a folder: see test_batch.py
     said(refuse(here, capfd, *command, "-o", out), BAD_OUTPUTS[out])
 
 
@@ -141,9 +142,9 @@ def test_outputs(command, out, here, capfd):
     ("rotate hip.png -o out.png --guidance nan", "--guidance"),
     ("rotate hip.png -o out.png --detail nan", "--detail"),
     ("rotate hip.png -o out.png --detail 1.5", "--detail"),
-    ("rotate hip.png -o out.png --detail 0 --weights drawing.safetensors", "these weights draw whole views"),
-    ("rotate hip.png -o out.png --guidance 2 --weights untrained.safetensors", "cannot guide"),
-    ("rotate hip.png -o out.png --steps 10 --weights untrained.safetensors", "these weights know the mean alone"),
+    ("rotate hip.png -o out.png --detail 0 --weights drawing.safetensors", "Leave out --detail 0"),
+    ("rotate hip.png -o out.png --guidance 2 --weights untrained.safetensors", "Leave out --guidance 2"),
+    ("rotate hip.png -o out.png --steps 10 --weights untrained.safetensors", "Leave out --steps 10"),
     ("rotate black.png -o out.png --z 3 --weights untrained.safetensors", "one even grey"),
     ("sweep black.png -o out.gif --frames 2 --weights untrained.safetensors", "one even grey"),
     ("sweep hip.png -o out.gif --frames 2 --steps 10 --weights untrained.safetensors", "these weights know the mean alone"),
@@ -189,8 +190,8 @@ def test_outputs(command, out, here, capfd):
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
-    ("sweep hip.png -o out.avi --weights untrained.safetensors", "End it in .mp4 or .gif"),
-    ("sweep hip.png -o hip.png", "exists already"),
+    ("sweep hip.png -o out.avi --weights untrained.safetensors", "End it in .mp4, .gif or .dcm"),
+    ("sweep hip.png -o hip.png", "End it in .mp4, .gif or .dcm"),
     ("sweep hip.png -o nowhere/out.mp4", "does not exist"),
     ("sweep hip.png -o out.mp4 --axis w", "--axis"),
     ("sweep hip.png -o out.mp4 --span 16 --weights untrained.safetensors", "outside"),
@@ -376,7 +377,7 @@ def test_phantom_drr_rotate(here, capfd):
     assert "p.nii.gz" in line and (here/"p_labels.nii.gz").exists()
     accept(capfd, "drr", "p.nii.gz", "-o", "p0.png", "--size", "64")
     accept(capfd, "drr", "p.nii.gz", "-o", "py.png", "--size", "64", "--y", "10")
-    accept(capfd, "rotate", "p0.png", "-o", "pr.png", "--y", "10", *WEIGHTS)
+    accept(capfd, "rotate", "p0.png", "-o", "pr.png", "--y", "10", "--no-mark", *WEIGHTS)
     before, truth, view = (Radiograph.read(n).pixels for n in ("p0.png", "py.png", "pr.png"))
     assert before.shape == truth.shape == view.shape == (64, 64)
     inner = (slice(7, -7),)*2                                             # what comes in from beyond the frame nobody knows
@@ -444,7 +445,7 @@ def test_sweep_of_every_kind(here, capfd):
 
 def test_how_a_radiograph_is_read_and_marked(here, capfd):
     Radiograph(1 - Radiograph.read("hip.png").pixels).write("negative.png")
-    for name, words in {"as_is": ["hip.png"], "inverted": ["negative.png", "--invert"], "marked": ["hip.png", "--mark"]}.items(): accept(capfd, "rotate", *words, "-o", f"{name}.png", "--z", 4, *WEIGHTS)
+    for name, words in {"as_is": ["hip.png", "--no-mark"], "inverted": ["negative.png", "--invert", "--no-mark"], "marked": ["hip.png"]}.items(): accept(capfd, "rotate", *words, "-o", f"{name}.png", "--z", 4, *WEIGHTS)
     as_is, inverted, marked = (Radiograph.read(f"{name}.png").pixels for name in ("as_is", "inverted", "marked"))
     assert np.abs(as_is - inverted).max() < 0.01 and np.abs(as_is - marked).max() > 0.5
     accept(capfd, "rotate", "hip.png", "-o", "bare.dcm", "--no-mark", *WEIGHTS)
@@ -519,7 +520,7 @@ def test_one_json_object_and_nothing_else(here, material, capfd):
 def test_one_of_several_pictures(here, capfd, tmp_path):
     pages = [Image.open("hip.png"), Image.open("hip.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     pages[0].save(tmp_path/"two.tif", save_all=True, append_images=pages[1:])
-    assert main(["rotate", str(tmp_path/"two.tif"), "-o", str(tmp_path/"one.png"), *WEIGHTS]) == 2 and "frame=2" in capfd.readouterr().err
+    assert main(["rotate", str(tmp_path/"two.tif"), "-o", str(tmp_path/"one.png"), *WEIGHTS]) == 2 and "--frame 2" in capfd.readouterr().err
     for frame in (1, 2): accept(capfd, "rotate", tmp_path/"two.tif", "-o", tmp_path/f"{frame}.png", "--frame", frame, *WEIGHTS)
     first, second = (np.asarray(Image.open(tmp_path/f"{frame}.png"), float) for frame in (1, 2))
     assert np.abs(first - second).mean() > 100
@@ -552,7 +553,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
 
 
 def test_the_doctor_finds_damaged_weights(capfd, monkeypatch, tmp_path):
-    for module in "importlib.resources", "radrotator.rotate.rotator": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
+    for module in "importlib.resources", "radrotator.pretrained": monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
     (tmp_path/"weights").mkdir()
     (tmp_path/"weights"/"tiny.safetensors").write_text("damaged")
     assert main(["doctor"]) == 1

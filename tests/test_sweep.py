@@ -51,7 +51,7 @@ def picture(height=75, width=60, spacing=None):
 
 def write(path, model=None, **asked):
     "The sweep that all tests are about"
-    return (model or model_of()).write_sweep(picture(), path, **dict(axis="y", frames=FRAMES, batch=4) | asked)
+    return (model or model_of()).write_sweep(picture(), path, **dict(axis="y", frames=FRAMES, batch=4, mark=False) | asked)
 
 
 def film(path):
@@ -101,7 +101,7 @@ def whole(tmp_path_factory):
 def test_a_video_is_what_players_know(tmp_path):
     "H.264, yuv420p, ten seconds of 30 frames each, even sides, its index in front, and greys as they were"
     model = model_of()
-    path = model.write_sweep(picture(), tmp_path/"turn.mp4", axis="y")
+    path = model.write_sweep(picture(), tmp_path/"turn.mp4", axis="y", mark=False)
     frames, said = film(path)
     assert said["codec"] == "h264" and said["pix_fmt"].startswith("yuv420p(tv, bt709") and said["fps"] == 30 and said["duration"] == 10
     assert frames.shape == (300, 76, 60)
@@ -152,7 +152,7 @@ def test_pixels_that_are_not_square_are_shown_as_they_are(tmp_path):
     "A disc, stored at half as many rows as columns, is a disc again"
     row, column = np.mgrid[-1:1:50j, -1:1:100j]
     disc = Radiograph(np.hypot(row, column) < 0.8, (0.4, 0.2))
-    shown, _ = film(model_of().write_sweep(disc, tmp_path/"turn.mp4", frames=2, span=0))
+    shown, _ = film(model_of().write_sweep(disc, tmp_path/"turn.mp4", frames=2, span=0, mark=False))
     assert shown.shape[1:] == (100, 100)
     across = [np.ptp(np.flatnonzero(shown[0].max(axis=axis) > 128)) for axis in (0, 1)]
     assert abs(across[0] - across[1]) <= 4 and across[0] > 70
@@ -293,7 +293,7 @@ def test_ctrl_c(whole, tmp_path):
     assert content(write(path, resume=True)) == content(whole[".mp4"]) and names(tmp_path) == ["turn.mp4"]
 
 
-CHANGES = {"axis": dict(axis="z"), "span": dict(span=10), "frames": dict(frames=12), "label": dict(label=True), "crop": dict(crop=True), "batch": dict(batch=5), "sampling": dict(detail=0.5), "weights": dict(model=1)}
+CHANGES = {"axis": dict(axis="z"), "span": dict(span=10), "frames": dict(frames=12), "label": dict(label=True), "mark": dict(mark=True), "crop": dict(crop=True), "batch": dict(batch=5), "sampling": dict(detail=0.5), "weights": dict(model=1)}
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_other_settings_are_refused(name, begun):
 
 def test_another_radiograph_is_refused(begun):
     with refused("OTHER_SETTINGS") as error:
-        model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
+        model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, mark=False, resume=True)
     assert "begun with another radiograph." in str(error.value)
     manifest = begun.with_name(".turn.mp4.frames")/"manifest.json"
     assert "Doe" not in manifest.read_text() and json.loads(manifest.read_text())["radiograph"] == hashlib.sha256(b"(75, 60) None False" + picture().pixels.tobytes()).hexdigest()
