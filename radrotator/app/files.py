@@ -72,15 +72,19 @@ def list_sources(
     out: Path,         # where results go
 ) -> list[Source]:
     "List the files that are meant, each once."
-    sources = []
+    paths = []
     for word in words:
         check_word(word)
         names = sorted(glob.glob(word, recursive=True)) if is_pattern(word) else [word]
         if not names:
             raise RadRotatorError(f"cannot read {word}: no file has such a name. Check the spelling.", "NO_FILE")
-        for path in map(Path, names):
-            check_input(path)
-            sources += list_folder(path, out) if path.is_dir() else [Source(path, Path(path.name))]
+        for name in names: check_input(name)
+        paths += map(Path, names)
+    sources = []
+    for path in dict.fromkeys(paths):
+        below = list_folder(path, out) if path.is_dir() else [Source(path, Path(path.name))]
+        if path.is_dir() and len(paths) > 1: below = [Source(one.path, path.name/one.place) for one in below]
+        sources += below
     return list(dict.fromkeys(sources))
 
 # %% ../../nbs/50_app/03_files.ipynb #188e153e

@@ -49,12 +49,14 @@ def describe_rotation(
     seconds: float,   # that it took
     lifts: bool,      # whether the weights lift
     invents: str | None = None, # what more than one step means
+    mark: bool = False,         # whether SYNTHETIC is burnt in
 ) -> str:
     "Say what was written, and what it means that no angle was given."
     text = f"wrote {out}: x = {x:g}°, y = {y:g}°, z = {z:g}°, in {seconds:.2f} s"
     if invents and (not lifts or x or y or z): text += f"; {invents}"
     if x or y or z: return text
-    what = "these are the pixels of the input" if lifts else "this is what the network makes of an unturned picture"
+    pixels = "these are the pixels of the input" + " but for the mark"*mark
+    what = pixels if lifts else "this is what the network makes of an unturned picture"
     return f"{text}; no angle was given, so {what}"
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #c10c69ff
@@ -127,7 +129,7 @@ def turn_one(
     x, y, z = how["angles"]
     known |= dict(input=task.path, out=task.out, x=x, y=y, z=z, crop=how["crop"], line_integrals=reading.linear)
     known |= dict(weights=name, device=model.device, seconds=round(seconds, 3)) | sampling.options()
-    return Result(describe_rotation(x, y, z, task.out, seconds, model.lifts, sampling.invents), known)
+    return Result(describe_rotation(x, y, z, task.out, seconds, model.lifts, sampling.invents, how["mark"]), known)
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #b696f0dc
 def do_many(
