@@ -204,3 +204,14 @@ def test_the_words_of_many_are_documented(here, capfd):
     assert run("rotate", "hips", "-o", "turned", "--json") == 0
     known = json.loads(capfd.readouterr().out)
     assert known.pop("command") == "rotate" and {*known, *known["results"][0]} <= words
+
+
+@pytest.mark.parametrize("words", [("rotate", "hips", "-o", "turned", "--z", 3), ("sweep", "hips", "-o", "films", "--kind", "gif", "--frames", 2),
+                                   ("rotate", "hips/a.png", "-o", "x.png"), ("sweep", "hips/a.png", "-o", "x.gif", "--frames", 2)], ids=str)
+def test_how_views_are_made_is_settled_once(words, here, monkeypatch):
+    "However many files, one check of what is asked of the solver, and one `Sampling` for all"
+    import radrotator.rotate.rotator as room
+    resolved, used = [], []
+    monkeypatch.setattr(room, "resolve_sampling", lambda *given, resolve=room.resolve_sampling: resolved.append(resolve(*given)) or resolved[-1])
+    monkeypatch.setattr(room, "lift_radiograph", lambda network, given, sampling, watch, lift=room.lift_radiograph: used.append(sampling) or lift(network, given, sampling, watch))
+    assert run(*words) == 0 and len(resolved) == 1 and used and all(one is resolved[0] for one in used)

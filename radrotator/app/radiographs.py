@@ -100,12 +100,12 @@ def turn_file(
     mark: bool = True,        # burn SYNTHETIC into a corner
     crop: bool = False,       # without the collimator's borders
     watch: Callable | None = None, # called with (steps done, x0 of now)
-    **asked,                  # as for `choose_sampling`
+    sampling=None,            # how, chosen once
 ) -> dict:                    # what is known of the view
     "Turn the patient in one radiograph, and write the view."
     kept = read_kept(task.path, keep)
     novelty = warn_of_novelty(model, given, crop, strict)
-    view = model.rotate(given, *angles, crop=crop, watch=watch, **asked)
+    view = model.rotate(given, *angles, crop=crop, watch=watch, sampling=sampling)
     view.write(task.out, mark=mark, keep=kept)
     return dict(unfamiliar=novelty, size=view.shape, spacing=view.spacing)
 
@@ -124,7 +124,7 @@ def turn_one(
     sampling = model.choose_sampling(**asked)
     began = time.perf_counter()
     with terminal_bar("turning", sampling.steps) as move_to:
-        known = turn_file(given, task, model, watch=lambda done, _: move_to(done), **how, **asked)
+        known = turn_file(given, task, model, watch=lambda done, _: move_to(done), sampling=sampling, **how)
     seconds = time.perf_counter() - began
     x, y, z = how["angles"]
     known |= dict(input=task.path, out=task.out, x=x, y=y, z=z, crop=how["crop"], line_integrals=reading.linear)
@@ -135,7 +135,7 @@ def turn_one(
 def do_many(
     tasks: list[Task],
     out: Path,        # the folder of results
-    work: Callable,   # (task, model) → what is known of its result
+    work: Callable,   # (task, model, sampling) → what is known of its result
     stop: bool,       # at the first failure
     weights: Path | None, # a file
     device: str,      # where to compute
@@ -146,7 +146,7 @@ def do_many(
     model, name = load_model(weights, device)
     sampling = model.choose_sampling(**asked)
     out.mkdir(exist_ok=True)
-    rows = run_tasks(tasks, partial(work, model=model), stop)
+    rows = run_tasks(tasks, partial(work, model=model, sampling=sampling), stop)
     failed = sum(row["status"] != "done" for row in rows)
     known = dict(out=out, results=rows, failed=failed) | known | dict(weights=name, device=model.device)
     text = tasks_table(rows, out)
@@ -185,7 +185,7 @@ def rotate_command(
         return turn_one(task, reading, weights, device, how, asked)
     tasks = plan_tasks(inputs, out, kind and f".{kind.value}")
     check_keep(keep, tasks)
-    def turn(task, model): return turn_file(reading.read(task.path), task, model, **how, **asked)
+    def turn(task, model, sampling): return turn_file(reading.read(task.path), task, model, sampling=sampling, **how)
     known = dict(x=x, y=y, z=z, crop=crop, line_integrals=line_integrals)
     try: return do_many(tasks, out, turn, on_error == "stop", weights, device, asked, known)
     except KeyboardInterrupt: raise Stopped(f"stopped; the views that are finished are whole, in {out}") from None
@@ -238,7 +238,7 @@ def film_one(
     model, name = load_model(weights, device)
     sampling = model.choose_sampling(**asked)
     began = time.perf_counter()
-    known = film_file(given, task, model, progress=partial(terminal_progress, words="frames"), **how, **asked)
+    known = film_file(given, task, model, progress=partial(terminal_progress, words="frames"), sampling=sampling, **how)
     seconds = time.perf_counter() - began
     known |= film_facts(film, reading, how) | dict(input=task.path, weights=name, device=model.device)
     known |= dict(seconds=round(seconds, 3)) | sampling.options()
@@ -302,7 +302,7 @@ def sweep_command(
     find_weights(weights)
     tasks = plan_films(inputs, out, kind, resume)
     check_keep(keep, tasks)
-    def show(task, model): return film_file(reading.read(task.path), task, model, **how, **asked)
+    def show(task, model, sampling): return film_file(reading.read(task.path), task, model, sampling=sampling, **how)
     try:
         if names_one_film(inputs, kind): return film_one(tasks[0], reading, weights, device, film, how, asked)
         facts = film_facts(film, reading, how)

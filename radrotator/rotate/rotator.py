@@ -226,12 +226,14 @@ def rotate(self: RadRotator,
     solver: str | None = None,      # one of `sample.SOLVERS`; None: the weights' default
     detail: float | None = None,    # 1: sharp; 0: the mean of all views; None: the weights' default
     crop: bool = False,             # leave collimation borders out for the network, and put them back afterwards
+    sampling: Sampling | None = None, # all of how at once; None: as asked
 ) -> View | list[View]:             # the same frame, the patient turned; of a list of radiographs a list
     "Turn the patient in a radiograph, or in each of several."
+    asked = dict(steps=steps, guidance=guidance, solver=solver, seed=seed, detail=detail)
+    sampling = sampling or self.choose_sampling(**asked)
     if is_several(radiograph):
-        how = dict(steps=steps, guidance=guidance, seed=seed, watch=watch, solver=solver, detail=detail, crop=crop)
-        return [self._rotate_one(i, radiograph, x, y, z, **how) for i in range(len(radiograph))]
-    sampling = self.choose_sampling(steps=steps, guidance=guidance, solver=solver, seed=seed, detail=detail)
+        return [self._rotate_one(i, radiograph, x, y, z, watch=watch, crop=crop, sampling=sampling)
+                for i in range(len(radiograph))]
     view = next(self.views(radiograph, [[x, y, z]], crop=crop, watch=watch, sampling=sampling))
     turned = f"by Rz·Ry·Rx: x = {x:g}°, y = {y:g}°, z = {z:g}°"
     return replace(view, source=self.describe_view(turned, crop, sampling))
@@ -307,14 +309,14 @@ def write_sweep(self: RadRotator,
     bounce: bool = False, # a film there and back, which can be repeated without a jump
     mark: bool = True,    # write SYNTHETIC into a corner of each frame
     keep: dict | None = None, # patient data that a DICOM result shall carry, from `patient_data`; None: none
-    **asked,              # steps, guidance, solver, seed, detail, as for `rotate`
+    **asked,              # steps, guidance, solver, seed, detail; or sampling, as for `rotate`
 ) -> Path:                # what was written
     "Write a sweep as a film, or as a folder of frames."
     film = Film(axis, frames, span, fps, bounce, label, mark)
     path, encode = choose_encoder(path)
     _check_kept(path, keep)
     given = fit_to_film(as_radiograph(radiograph)) if encode else as_radiograph(radiograph)
-    sampling = self.choose_sampling(**asked)
+    sampling = asked.pop("sampling", None) or self.choose_sampling(**asked)
     text = self.describe_view(f"about {axis} from {-span:g}° to {span:g}°", crop, sampling)
     header = partial(multiframe_dataset, given, film=film, description=text, keep=keep or {})
     if path.suffix.lower() == ".dcm": header()  # refuses what is too large or cannot be kept
