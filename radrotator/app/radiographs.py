@@ -294,7 +294,8 @@ def sweep_command(
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
 ) -> Result:
-    "Turn through many angles: a video, a GIF, DICOM or frames, of one radiograph or of many."
+    """Turn through many angles: a video, a GIF or frames. Of many radiographs OUT is the folder of their films; a name
+    in .dcm makes one DICOM file of many frames."""
     film = Film(axis.value, frames, span, fps, bounce, label, mark)
     reading = Reading(invert, frame, line_integrals)
     asked = dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
