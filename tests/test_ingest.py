@@ -11,7 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from helpers import PATIENT, body, write_enhanced, write_nifti_file, write_series
-from radrotator.core import error_code, folder_lock, parallel_map
+from radrotator.core import error_code
+from radrotator.files import folder_lock
+from radrotator.processes import parallel_map
 import radrotator.ct.ingest as room
 from radrotator.ct.archive import Journal
 from radrotator.ct.coverage import bone_profile, judge_coverage
@@ -245,7 +247,7 @@ FILES = {  # what lies there, and the reasons that it gets, sorted; "" is accept
     "sheared": (sheared, ["GANTRY_TILT"]),
     "crooked": (lambda src: slices(src/"s", ImageOrientationPatient=[1, 0.02, 0, 0.02, 1, 0]), ["BAD_GEOMETRY"]),
     "nan": (lambda src: misplaced(src, [0, 0, float("nan")]), ["BAD_GEOMETRY"]),
-    "two numbers": (lambda src: misplaced(src, [0, 4]), ["UNREADABLE"]),
+    "two numbers": (lambda src: misplaced(src, [0, 4]), ["BAD_GEOMETRY"]),
     "sagittal": (sagittal, ["NOT_AXIAL"]),
     "sagittal NIfTI": (lambda src: nifti(src/"s.nii", body((40, 24, 30), (1.0, 1.5, 1.5))), ["NOT_AXIAL"]),
     "oblique": (oblique, ["NOT_AXIAL"]),
@@ -264,6 +266,7 @@ FILES = {  # what lies there, and the reasons that it gets, sorted; "" is accept
     "magnetic resonance": (lambda src: slices(src/"s", Modality="MR"), ["NOT_CT"]),
     "one slice cut short": (one_cut, ["UNREADABLE"]),
     "one slice blank": (one_blank, ["MISSING_SLICES", "UNREADABLE"]),
+    "no rows": (lambda src: slices(src/"s", Rows=None), ["UNREADABLE"]),
     "no slope": (lambda src: slices(src/"s", RescaleSlope=0), ["NOT_HU"]),
     "huge": (lambda src: slices(src/"s", Rows=60000, Columns=60000), ["TOO_LARGE"]),
     "sform and qform disagree": (two_forms, ["NO_ORIENTATION"]),

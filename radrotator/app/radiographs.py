@@ -19,10 +19,11 @@ import typer
 from ..angles import check_angles
 from .checks import check_result, load_model, warn_of_novelty
 from .console import Result, Stopped, command
-from .files import Task, check_word, is_pattern, plan_tasks, run_tasks, tasks_table
+from .tasks import Task, check_word, is_pattern, plan_tasks, run_tasks, tasks_table
 from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Inputs, Invert, Linear
 from .options import MarkView, OnError, Out, Seed, Solver, Steps, Strict, Weights
-from ..core import RadRotatorError, check_input, check_output
+from ..core import RadRotatorError
+from ..files import check_input, check_output
 from ..film import Film, check_film_name
 from ..pretrained import find_weights
 from ..progress import terminal_bar, terminal_progress

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #73d6468d
-import contextlib, csv, hashlib, json, os, re
+import contextlib, hashlib, json, os, re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,12 @@ import numpy as np, torch
 from PIL import Image
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file, check_output, folder_lock
+from ..core import RadRotatorError
+from ..files import atomic_file, check_output, folder_lock, write_csv
 from ..film import Film
 from ..radiograph.image import Radiograph
 from ..radiograph.write import MARK, TITLE, Caption, quiet_corner, write_picture
+from ..resume import other_setting_error
 from .video import to_eight_bits
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #ce6309b1
@@ -52,9 +54,8 @@ def _check_manifest(
         raise RadRotatorError(sentence, "DAMAGED_MANIFEST") from None
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
-        raise RadRotatorError(f"cannot resume: the sweep in {folder} was begun with another "
-                              f"{' and another '.join(changed)}. Resume it with the same, or remove the folder.",
-                              "OTHER_SETTINGS")
+        what = f"another {' and another '.join(changed)}"
+        raise other_setting_error(f"the sweep in {folder}", what, "remove the folder")
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #4b592b98
 def claim_folder(

@@ -28,11 +28,11 @@ def fit_to_film(
     radiograph: Radiograph, # of any size
 ) -> Radiograph:            # as large as a film shows it
     "Give a radiograph square pixels, and no more of them than a film needs."
-    spacing = np.array(radiograph.spacing or (1, 1))
+    spacing = np.array(radiograph.spacing or (radiograph.pixel_aspect, 1))
     size = radiograph.shape*spacing/spacing.min()
     shape = np.rint(size*min(1, LONGEST/size.max())).clip(1).astype(int)
     pixels = resize(radiograph.pixels, tuple(shape.tolist()))
-    return replace(radiograph, pixels=np.clip(pixels, 0, 1), spacing=None)
+    return replace(radiograph, pixels=np.clip(pixels, 0, 1), spacing=None, aspect=None)
 
 # %% ../../nbs/31_rotate/04_video.ipynb #0748713a
 def to_eight_bits(
@@ -66,7 +66,7 @@ BT709 = ("-vf setparams=range=full,scale=out_range=limited,format=yuv420p,"
 EXACT = "-fflags +bitexact -flags:v +bitexact"  # no version in the file
 
 # %% ../../nbs/31_rotate/04_video.ipynb #6c0ac8ae
-def _even(picture):
+def _make_even(picture):
     "Add a black row or column where a side is odd."
     return np.pad(picture, [(0, side % 2) for side in picture.shape])
 
@@ -82,13 +82,13 @@ def write_mp4(
     from imageio_ffmpeg import count_frames_and_secs, write_frames
     tags = ["-metadata", f"title={TITLE}", "-metadata", f"comment={comment}"]
     options = [*f"-crf 10 -preset veryfast {BT709} {EXACT} -movflags +faststart".split(), *tags]
-    height, width = _even(read_frame(frames[0])).shape
+    height, width = _make_even(read_frame(frames[0])).shape
     encoder = write_frames(path, (width, height), "gray", "yuv420p", fps, None, codec="libx264", macro_block_size=1,
                            ffmpeg_log_level="quiet", output_params=options)
     with contextlib.closing(encoder):
         encoder.send(None)
         for picture in map(read_frame, progress(frames, len(frames))):
-            try: encoder.send(_even(picture))
+            try: encoder.send(_make_even(picture))
             except OSError: break                                # an encoder that ended early: the count tells
     try: written, _ = count_frames_and_secs(path)
     except RuntimeError: written = 0
