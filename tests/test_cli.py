@@ -184,6 +184,7 @@ def test_angles(command, axis, angle, refuse):
 @MAKING
 @pytest.mark.parametrize("out", BAD_OUTPUTS)
 def test_outputs(command, out, refuse):
+    if command.startswith("rotate") and out in ("out", "other"): return  # a folder: see test_batch.py
     refuse(f"{BAD_OUTPUTS[out]} {out}", *command.split(), "-o", out)
 
 
@@ -464,7 +465,7 @@ def test_phantom_drr_rotate(here, capfd):
     assert (here/"p_labels.nii.gz").exists()
     accept(capfd, "drr", "p.nii.gz", "-o", "p0.png", "--size", "64")
     accept(capfd, "drr", "p.nii.gz", "-o", "py.png", "--size", "64", "--y", "10")
-    accept(capfd, "rotate", "p0.png", "-o", "pr.png", "--y", "10", *WEIGHTS)
+    accept(capfd, "rotate", "p0.png", "-o", "pr.png", "--y", "10", "--no-mark", *WEIGHTS)
     before, truth, view = pixels_of("p0.png", "py.png", "pr.png")
     assert before.shape == truth.shape == view.shape == (64, 64)
     inner = (slice(7, -7),)*2  # what comes in from beyond the frame nobody knows
@@ -557,7 +558,7 @@ def test_sweep_of_every_kind(here, capfd):
 
 def test_how_a_radiograph_is_read_and_marked(here, capfd):
     Radiograph(1 - Radiograph.read("hip.png").pixels).write("negative.png")
-    ways = dict(as_is=["hip.png"], inverted=["negative.png", "--invert"], marked=["hip.png", "--mark"])
+    ways = dict(as_is=["hip.png", "--no-mark"], inverted=["negative.png", "--invert", "--no-mark"], marked=["hip.png"])
     for name, words in ways.items(): accept(capfd, "rotate", *words, "-o", f"{name}.png", "--z", 4, *WEIGHTS)
     as_is, inverted, marked = pixels_of("as_is.png", "inverted.png", "marked.png")
     assert np.abs(as_is - inverted).max() < 0.01 and np.abs(as_is - marked).max() > 0.5
@@ -649,7 +650,7 @@ def test_one_json_object_and_nothing_else(here, material, capfd):
 def test_one_of_several_pictures(here, capfd, tmp_path, refuse):
     pages = [Image.open("hip.png"), Image.open("hip.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     pages[0].save(tmp_path/"two.tif", save_all=True, append_images=pages[1:])
-    refuse("WHICH_FRAME frame=2", "rotate", tmp_path/"two.tif", "-o", tmp_path/"one.png", *WEIGHTS)
+    refuse("WHICH_FRAME --frame", "rotate", tmp_path/"two.tif", "-o", tmp_path/"one.png", *WEIGHTS)
     for frame in (1, 2):
         accept(capfd, "rotate", tmp_path/"two.tif", "-o", tmp_path/f"{frame}.png", "--frame", frame, *WEIGHTS)
     first, second = (np.asarray(Image.open(tmp_path/f"{frame}.png"), float) for frame in (1, 2))
@@ -692,7 +693,7 @@ def test_the_doctor_says_what_is_missing_and_nothing_about_the_user(capfd, monke
 
 
 def test_the_doctor_finds_damaged_weights(capfd, monkeypatch, tmp_path):
-    for module in ("importlib.resources", "radrotator.rotate.rotator"):
+    for module in ("importlib.resources", "radrotator.pretrained"):
         monkeypatch.setattr(f"{module}.files", lambda package: tmp_path)
     (tmp_path/"weights").mkdir()
     (tmp_path/"weights"/"tiny.safetensors").write_text("damaged")

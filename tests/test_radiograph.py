@@ -553,7 +553,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch, suffix):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
     (tmp_path/f"a.{suffix}").write_text("what was there")
     monkeypatch.setattr("os.fsync", full)
-    assert error_code(lambda: Radiograph(unit(STORED)).write(tmp_path/f"a.{suffix}")) == "NOT_WRITABLE"
+    assert error_code(lambda: Radiograph(unit(STORED)).write(tmp_path/f"a.{suffix}", overwrite=True)) == "NOT_WRITABLE"
     assert [p.read_text() for p in tmp_path.iterdir()] == ["what was there"]
 
 

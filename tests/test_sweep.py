@@ -54,7 +54,7 @@ def picture(height=75, width=60, spacing=None):
 
 def write(path, model=None, **asked):
     "The sweep that all tests are about"
-    return (model or model_of()).write_sweep(picture(), path, **dict(axis="y", frames=FRAMES, batch=4) | asked)
+    return (model or model_of()).write_sweep(picture(), path, **dict(axis="y", frames=FRAMES, batch=4, mark=False) | asked)
 
 
 def film(path):
@@ -106,7 +106,7 @@ def whole(tmp_path_factory):
 def test_a_video_is_what_players_know(tmp_path):
     "H.264, yuv420p, ten seconds of 30 frames each, even sides, its index in front, and greys as they were"
     model = model_of()
-    path = model.write_sweep(picture(), tmp_path/"turn.mp4", axis="y")
+    path = model.write_sweep(picture(), tmp_path/"turn.mp4", axis="y", mark=False)
     frames, about = film(path)
     assert (about["codec"], about["fps"], about["duration"]) == ("h264", 30, 10)
     assert about["pix_fmt"].startswith("yuv420p(tv, bt709")
@@ -167,7 +167,7 @@ def test_pixels_that_are_not_square_are_shown_as_they_are(tmp_path):
     "A disc, stored at half as many rows as columns, is a disc again"
     row, column = np.mgrid[-1:1:50j, -1:1:100j]
     disc = Radiograph(np.hypot(row, column) < 0.8, (0.4, 0.2))
-    shown, _ = film(model_of().write_sweep(disc, tmp_path/"turn.mp4", frames=2, span=0))
+    shown, _ = film(model_of().write_sweep(disc, tmp_path/"turn.mp4", frames=2, span=0, mark=False))
     assert shown.shape[1:] == (100, 100)
     across = [np.ptp(np.flatnonzero(shown[0].max(axis=axis) > 128)) for axis in (0, 1)]
     assert abs(across[0] - across[1]) <= 4 and across[0] > 70
@@ -326,6 +326,7 @@ CHANGES = {  # what the refusal names, and what is asked for
     "span": dict(span=10),
     "frames": dict(frames=12),
     "label": dict(label=True),
+    "mark": dict(mark=True),
     "crop": dict(crop=True),
     "batch": dict(batch=5),
     "sampling": dict(detail=0.5),
@@ -353,7 +354,7 @@ def test_other_settings_are_refused(name, begun):
 
 def test_another_radiograph_is_refused(begun):
     with refused("OTHER_SETTING") as error:
-        model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
+        model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, mark=False, resume=True)
     assert " radiograph." in str(error.value)
     manifest = (begun.with_name(".turn.mp4.frames")/"manifest.json").read_text()
     seen = b"(75, 60) None False" + picture().pixels.tobytes()
