@@ -10,7 +10,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from ..core import PICTURES, RadRotatorError, RadRotatorWarning, check_output, check_parent, markdown_table
+from ..core import RadRotatorError, RadRotatorWarning, markdown_table
+from ..files import PICTURES, check_output, check_parent
+from ..pretrained import DEFAULT, find_weights
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/02_checks.ipynb #204749cd
@@ -25,7 +27,7 @@ def check_result(
     if path.name.lower().endswith(kinds): return check_output(path)
     if len(kinds) == 1: raise RadRotatorError(f"cannot write {path}: end the name in {kinds[0]}.", "KIND")
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-    raise RadRotatorError(f"cannot write {path}: its name says no known kind of file. End it in {known}.", "KIND")
+    raise RadRotatorError(f"cannot write {path}: its ending is not a known kind of file. End it in {known}.", "KIND")
 
 # %% ../../nbs/50_app/02_checks.ipynb #9c774302
 def check_folder(
@@ -63,24 +65,26 @@ def refusal_table(
 
 # %% ../../nbs/50_app/02_checks.ipynb #05d05062
 def load_model(
-    weights: Path | None,  # a file; None: what comes with the package
+    weights: Path | None,  # a file, or the name of weights that come with the package; None: `DEFAULT`
     device: str = "auto",  # where to compute
 ) -> tuple:                # `RadRotator`, and what to call its weights
     "Load the model that is meant."
+    path = find_weights(weights)  # refuses before PyTorch is imported
     with terminal_bar("loading the weights"):
         from radrotator.rotate.rotator import RadRotator
-        if weights is None: model = RadRotator.from_pretrained(device=device)
-        else: model = RadRotator.from_file(weights, device)
-        name = weights.name if weights else "tiny"
+        model = RadRotator.from_file(path, device)
+        name = weights.name if weights else DEFAULT
         return model, f"{name} {model.fingerprint()[:12]}"
 
 # %% ../../nbs/50_app/02_checks.ipynb #92a81b95
 def warn_of_novelty(
-    model,       # `RadRotator`
-    radiograph,  # to be turned
-    crop=False,  # whether the network will see it without its borders
-) -> str | None: # why it does not look like what the weights know
-    "Warn of a radiograph for which the weights were not made."
+    model,         # `RadRotator`
+    radiograph,    # to be turned
+    crop=False,    # whether the network will see it without its borders
+    strict=False,  # refuse it, instead of a warning
+) -> str | None:   # why it does not look like what the weights know
+    "Warn of a radiograph for which the weights were not made, or refuse it."
     novelty = model.unfamiliar(radiograph, crop)
+    if novelty and strict: raise RadRotatorError(f"cannot turn it (--strict): {novelty}", "UNFAMILIAR")
     if novelty: warnings.warn(novelty, RadRotatorWarning)
     return novelty

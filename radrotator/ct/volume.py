@@ -38,6 +38,16 @@ class CT:
         if self.isocentre is not None: return np.asarray(self.isocentre, float)
         return self.affine[:3, :3] @ ((np.array(self.shape) - 1)/2) + self.affine[:3, 3]
 
+# %% ../../nbs/10_ct/00_volume.ipynb #1449d22f
+@patch
+def __repr__(self: CT) -> str:
+    "Say in one line what it is."
+    voxels = "×".join(map(str, self.shape))
+    spacing = "×".join(f"{mm:.3g}" for mm in self.spacing)
+    values = f"{self.hu.min():.0f} to {self.hu.max():.0f} HU" if self.hu.size else "no values"
+    labels = ", with labels" if self.labels is not None else ""
+    return f"<CT {self.name}: {voxels} voxels of {spacing} mm, {values}{labels}>"
+
 # %% ../../nbs/10_ct/00_volume.ipynb #64c97be5
 REASONS = dict(
     UNREADABLE="damaged, cut short, closed to us, or not what its name says",
@@ -100,24 +110,31 @@ def clean_hu(
     "Clamp to the 12-bit scale, padding to air; refuse what cannot be Hounsfield units."
     hu = np.asarray(hu, np.float32)
     low, high = HU_RANGE
-    if not np.isfinite([hu.min(), hu.max()]).all(): np.nan_to_num(hu, copy=False, nan=low, posinf=high, neginf=low)
-    if not hu.min() < 0 < hu.max():
+    if not np.fmin.reduce(hu, axis=None) < 0 < np.fmax.reduce(hu, axis=None):
         reason = ("its values are not Hounsfield units, which have air or fat below 0 and bone above. "
                   "Give the CT itself, not a label map or a rescaled copy.")
         raise refusal_of(path, reason, "NOT_HU")
+    if not np.isfinite([hu.min(), hu.max()]).all(): np.nan_to_num(hu, copy=False, nan=low, posinf=high, neginf=low)
     return np.clip(hu, low, high, out=hu)
 
 # %% ../../nbs/10_ct/00_volume.ipynb #de8b6115
+def has_ct_spacing(
+    affine: np.ndarray,  # (4, 4) voxel index to mm
+) -> bool:               # whether voxels are 0.05 to 20 mm apart
+    "Check whether an affine has the spacing of a CT."
+    with np.errstate(all="ignore"): spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.isfinite(affine).all() and (spacing >= 0.05).all() and (spacing <= 20).all())
+
+# %% ../../nbs/10_ct/00_volume.ipynb #03ba3e25
 def check_affine(
     affine: np.ndarray,  # (4, 4) voxel index to mm
     path,                # for the message
 ):
     "Refuse an affine that is no scanner's: flat, absurdly spaced, or with axes not at right angles."
-    columns = affine[:3, :3]
-    with np.errstate(all="ignore"): spacing = np.linalg.norm(columns, axis=0)
-    if not np.isfinite(affine).all() or (spacing < 0.05).any() or (spacing > 20).any():
+    if not has_ct_spacing(affine):
         raise refusal_of(path, "the voxel spacing is not that of a CT, 0.05 to 20 mm. Mend the header.", "BAD_GEOMETRY")
-    cosines = columns/spacing
+    columns = affine[:3, :3]
+    cosines = columns/np.linalg.norm(columns, axis=0)
     if np.abs(cosines.T @ cosines - np.eye(3)).max() > 5e-3:
         reason = "its axes are not at right angles (gantry tilt?). Resample it first, for example with dcm2niix."
         raise refusal_of(path, reason, "GANTRY_TILT")
@@ -150,14 +167,14 @@ def resample(
     sigma = np.sqrt(np.maximum(step**2 - 1, 0))/2.355
     x_fastest = abs(self.hu.strides[0]) < abs(self.hu.strides[2])
     order = slice(None, None, -1 if x_fastest else 1)  # work as the voxels lie in memory, which is twice as fast
-    def turned(values): return values.T if x_fastest else values
-    def sampled(values, degree):
+    def reorder(values): return values.T if x_fastest else values
+    def interpolate(values, degree):
         grid = step[order], start[order], tuple(shape[order])
-        return turned(ndimage.affine_transform(turned(values), *grid, order=degree, mode="nearest"))
+        return reorder(ndimage.affine_transform(reorder(values), *grid, order=degree, mode="nearest"))
     hu = self.hu
-    if sigma.any(): hu = turned(ndimage.gaussian_filter(turned(hu), sigma[order], mode="nearest"))
-    labels = None if self.labels is None else sampled(self.labels, 0)
-    return replace(self, hu=sampled(hu, 1), affine=affine, labels=labels)
+    if sigma.any(): hu = reorder(ndimage.gaussian_filter(reorder(hu), sigma[order], mode="nearest"))
+    labels = None if self.labels is None else interpolate(self.labels, 0)
+    return replace(self, hu=interpolate(hu, 1), affine=affine, labels=labels)
 
 # %% ../../nbs/10_ct/00_volume.ipynb #ddebd0ea
 @patch

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import check_input
+from ..files import check_input
 from ..dicom import file_error, is_dicom
 from .display import warn_about
 from .header import DicomImage, Spacing, read_image
