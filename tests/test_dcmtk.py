@@ -1,5 +1,5 @@
-"""Some hundreds of made-up headers, each attribute absent, empty, odd or as it should be, read by DCMTK and by us: the same
-grey values, or a refusal that names the attribute."""
+"""Some hundreds of made-up headers, each attribute absent, empty, odd or as it should be, read by DCMTK and by us: the
+same grey values, or a refusal that names the attribute."""
 import shutil, subprocess, warnings
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ FILES = 300
 LAYOUTS = [(16, 12, 11), (16, 12, 15), (16, 16, 15), (16, 14, 13), (16, 10, 9), (8, 8, 7), (16, 13, 14)]
 SYNTAXES = [uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian, uid.RLELossless]
 CHOICES = dict(
-    PhotometricInterpretation=["MONOCHROME1", "MONOCHROME1 ", "MONOCHROME1", "MONOCHROME2", "MONOCHROME2", None, "", "HSV", "MONOCHROME3"],
+    PhotometricInterpretation=[*["MONOCHROME1", "MONOCHROME2"]*2, "MONOCHROME1 ", None, "", "HSV", "MONOCHROME3"],
     PresentationLUTShape=["IDENTITY", "INVERSE", "", "SHAPE", "LIN OD"],
     RescaleSlope=["1", "1.0", "", "0", "abc"],
     RescaleIntercept=["0", "", "0.0", "-1024", "abc"],
@@ -88,7 +88,8 @@ def make_case(generator):
     for name, choices in CHOICES.items():
         share = 0.04 if name in DECIDING else 0.25
         if generator.random() < share: case.texts[name] = choices[generator.integers(len(choices))]
-    if generator.random() < 0.3: case.texts |= dict(zip(("RescaleSlope", "RescaleIntercept"), generator.choice(LINES).tolist()))
+    if generator.random() < 0.3:
+        case.texts["RescaleSlope"], case.texts["RescaleIntercept"] = generator.choice(LINES).tolist()
     for name in ("ModalityLUTSequence", "VOILUTSequence"):
         signed = case.texts["PixelRepresentation"] == 1 and name == "ModalityLUTSequence"
         if generator.random() < 0.12: case.tables[name] = make_table(generator, signed)
@@ -146,7 +147,7 @@ def has_table(items):
 
 
 def read_by_dcmtk(path, tables):
-    "What DCMTK shows, 16 bits, by the VOI LUT of the file, else by its first window, else without; None where it refuses"
+    "What DCMTK shows, 16 bits: by the file's VOI LUT, else by its first window, else without; None where it refuses"
     by_table = [["+Wl", "1"]] if has_table(tables.get("VOILUTSequence", [])) else []
     for way in [*by_table, ["+Wi", "1"], []]:
         out = path.with_suffix(".png")
@@ -201,7 +202,7 @@ def judge(case, path, shown):
     return "" if worst <= 1/255 else f"differs by {worst:.3f}"
 
 
-@pytest.mark.skipif(not shutil.which("dcmj2pnm"), reason="DCMTK (Debian: dcmtk) is not here: headers were not compared with it")
+@pytest.mark.skipif(not shutil.which("dcmj2pnm"), reason="DCMTK (Debian: dcmtk) is not here to compare headers with")
 def test_headers_read_as_dcmtk_reads_them(tmp_path):
     generator = np.random.default_rng(SEED)
     path = tmp_path/"a.dcm"

@@ -325,7 +325,7 @@ def test_real_radiographs(name):
 def projection(ct, axis=1): return np.maximum(1 + ct.hu/1000, 0).sum(axis=axis)
 
 
-MEMBERS = [(2, 6), (0, 3), (2, 3), (3, 6), (4, 2), (5, 3)]  # of populations: thin ones, and tense bellies that fill the frame
+MEMBERS = [(2, 6), (0, 3), (2, 3), (3, 6), (4, 2), (5, 3)]  # of populations: some tense bellies
 
 
 @pytest.fixture(scope="module")
