@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from radrotator.cli import main
-from radrotator.core import PICTURES
+from radrotator.files import PICTURES
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.weights import save_weights
 from radrotator.radiograph.image import Radiograph
