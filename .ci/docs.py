@@ -7,7 +7,7 @@
 Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs but those
 that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
 """
-import argparse, ast, base64, html, itertools, json, os, re, shutil, tempfile
+import argparse, ast, base64, html, itertools, json, os, re, shutil, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -238,11 +238,27 @@ def write_page(page, pages, soup, website, settings, folder):
     path.write_text(text, encoding="utf-8")
 
 
+def write_rotator(folder):
+    "The page that turns a radiograph in the browser, where npm can build it; otherwise say that it is left out"
+    sys.path.insert(0, str(ROOT/".ci"))
+    from rotator import build_page
+    missing = build_page(folder)
+    if missing: print(f"the page rotate.html is left out: {missing}")
+    return not missing
+
+
+def unlink_rotator(texts):
+    "No links to a page that was left out"
+    for soup in texts:
+        for link in soup.select('a[href$="rotate.html"]'): link.unwrap()
+
+
 def render(website, proc, folder, settings):
     "Every page, and what a search looks through"
     pages = [Page(name, group["section"]) for group in website["sidebar"]["contents"] for name in named(group["contents"])]
     texts = [body_of(page, json.loads((proc/page.notebook).read_text(encoding="utf-8")), folder, settings) for page in pages]
     unlink_missing(pages, texts)
+    if not write_rotator(folder): unlink_rotator(texts)
     for page, soup in zip(pages, texts): write_page(page, pages, soup, website, settings, folder)
     entries = [[page.href + f"#{id}"*bool(id), page.title, heading, words[:2000]] for page in pages for id, heading, *_, words in [("", "", page.description), *page.sections]]
     (folder/"search.js").write_text(f"const SEARCH = {json.dumps(entries, ensure_ascii=False)}", encoding="utf-8")
@@ -259,7 +275,9 @@ def main():
     args = parser.parse_args()
     website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
     notebooks = named(name for group in website["sidebar"]["contents"] for name in group["contents"])
-    if args.prepare: return prepare(notebooks, ROOT/"_proc")
+    if args.prepare:
+        prepare(notebooks, ROOT/"_proc")
+        return write_rotator(ROOT/"_proc")
     with tempfile.TemporaryDirectory() as folder:
         settings = prepare(notebooks, Path(folder)/"proc")
         if (args.to/"search.js").exists(): shutil.rmtree(args.to)  # an older site, and nothing else

@@ -1,0 +1,158 @@
+// The page: a file in, sliders, a view, a file out.
+import {encode} from "fast-png"
+import {liftRadiograph, loadNetworks} from "./lift.js"
+import {Refusal, readRadiograph} from "./read.js"
+import {Turner} from "./turn.js"
+
+const about = globalThis.ROTATOR_ABOUT, AXES = ["x", "y", "z"]
+const $ = id => document.getElementById(id)
+const tell = (sentence, wrong = "") => { $("status").textContent = sentence; $("error").textContent = wrong }
+const refuse = error => tell("", error instanceof Refusal ? error.message : `Cannot turn this picture: ${error.message}.`)
+const signed = x => `${x < 0 ? "−" : "+"}${Math.abs(x)}`
+let turner, networks, shown = null, latest = 0, views = 0
+
+/** The content of one of the page's big files: scripts, because a page in a folder may load nothing else. */
+const load = name => new Promise((done, failed) => {
+  const script = Object.assign(document.createElement("script"), {src: `rotate/${name}.js`, onerror: failed})
+  script.onload = () => done(globalThis[`ROTATOR_${name.toUpperCase()}`])
+  document.head.append(script)
+})
+const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds))
+const painted = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)))
+
+// ---- a radiograph in -------------------------------------------------------------------------------------------------
+
+function checkPicture({pixels, width, height}) {
+  const counts = new Uint32Array(256)
+  for (const v of pixels) counts[Math.trunc(v*255)]++
+  const even = Math.max(...counts)/pixels.length
+  if (even > about.even) throw new Refusal("Cannot turn this picture: it is one even grey. Give a radiograph that shows the patient.")
+  if (Math.max(width, height) > turner.largest)
+    throw new Refusal(`Cannot turn this picture: the graphics here hold ${turner.largest} pixels on a side. Scale it down.`)
+}
+
+/** Read, lift and show; of two files given in haste the later is shown. */
+async function take(bytes, notes) {
+  const turn = ++latest
+  tell("Reading …")
+  await painted()
+  try {
+    const read = await readRadiograph(bytes, about)
+    checkPicture(read)
+    if (turn == latest) await show({...read, notes: notes ?? read.notes}, turn)
+  } catch (error) { if (turn == latest) refuse(error) }
+}
+
+async function show(read, turn) {
+  const pixels = $("negative").checked ? read.pixels.map(v => 1 - v) : read.pixels, picture = {...read, pixels}
+  tell("Asking the network at which depth everything lies …")
+  const ready = await networks
+  await painted()
+  const start = performance.now(), lifted = await liftRadiograph(picture, ready, about)
+  if (turn != latest) return
+  if (!lifted) throw new Refusal("Cannot turn a strip so narrow: it shows no anatomy. Give the whole radiograph.")
+  turner.take(picture, lifted)
+  shown = read
+  $("work").hidden = false
+  $("notes").replaceChildren(...read.notes.map(note => Object.assign(document.createElement("li"), {textContent: note})))
+  draw()
+  tell(`${read.width} × ${read.height} pixels, lifted in ${((performance.now() - start)/1000).toFixed(1)} s.`)
+}
+
+// ---- views -----------------------------------------------------------------------------------------------------------
+
+const angles = () => AXES.map(axis => $(axis).valueAsNumber)
+const describe = () => `x ${signed(angles()[0])}°, y ${signed(angles()[1])}°, z ${signed(angles()[2])}°`
+
+/** Paint the view that the sliders ask for: at once, and where the machine is slow coarsely at once and all of it soon. */
+async function draw() {
+  const split = Number(document.querySelector("[name=show]:checked").value), number = ++views, canvas = $("picture")
+  const view = {angles: angles(), detail: $("detail").valueAsNumber, split}
+  for (const axis of AXES) document.querySelector(`output[for=${axis}]`).textContent = `${signed($(axis).valueAsNumber)}°`
+  document.querySelector("output[for=detail]").textContent = $("detail").value
+  const words = split == 1 ? "The radiograph as it was" : view.angles.some(a => a) ? `Computed view: ${describe()}` : "The radiograph"
+  canvas.ariaLabel = $("caption").textContent = words + (split == 0.5 ? "; left half as it was" : "")
+  canvas.ariaBusy = true
+  turner.prepare(view)
+  const {width, height} = canvas, grain = Math.ceil(Math.sqrt(width*height/turner.pixelsIn(30, view.detail)))
+  if (grain > 1) turner.paint(view, grain)
+  if (grain > 1) await pause(150)
+  for (let from = 0, rows; from < height && number == views; from += rows) {
+    rows = grain > 1 ? Math.min(height - from, Math.ceil(turner.pixelsIn(50, view.detail)/width)) : height
+    turner.paint(view, 1, from, rows)
+    if (grain > 1) await pause(0)
+  }
+  if (number == views) canvas.ariaBusy = false
+  return number == views
+}
+
+let waiting = false
+function drawSoon() {
+  if (waiting || !shown) return
+  waiting = true
+  requestAnimationFrame(() => { waiting = false; draw() })
+}
+
+/** The view with its mark, as PNG: the words stand in the picture and in the file. */
+async function save() {
+  if (!await draw()) return
+  const {width, height} = $("picture"), page = new OffscreenCanvas(width, height), pen = page.getContext("2d")
+  pen.drawImage($("picture"), 0, 0)
+  const lines = [about.title, `computed view: ${describe()}`]
+  const size = Math.max(9, Math.min(height/24, width/22))
+  Object.assign(pen, {font: `${size}px sans-serif`, fillStyle: "white", strokeStyle: "black", lineWidth: size/5, lineJoin: "round"})
+  lines.reverse().forEach((line, i) => {
+    const place = [line, width/50, height - height/50 - 1.25*size*i, 0.96*width]
+    pen.strokeText(...place)
+    pen.fillText(...place)
+  })
+  const data = pen.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 == 0)
+  const text = {Description: `${about.title}. ${describe().replaceAll("°", "").replaceAll("−", "-")} degrees; weights ` +
+    `${about.weights}, detail ${$("detail").value}; radrotator ${about.version}, in the browser`}
+  const url = URL.createObjectURL(new Blob([encode({width, height, data, channels: 1, text})], {type: "image/png"}))
+  const [x, y, z] = angles().map(a => signed(a).replace("−", "-"))
+  Object.assign(document.createElement("a"), {href: url, download: `radrotator_x${x}_y${y}_z${z}.png`}).click()
+  setTimeout(() => URL.revokeObjectURL(url), 60_000)
+}
+
+// ---- begin -----------------------------------------------------------------------------------------------------------
+
+function listen() {
+  for (const axis of AXES) Object.assign($(axis), {min: -about.limit, max: about.limit, value: 0})
+  $("detail").value = about.detail
+  $("controls").addEventListener("submit", event => event.preventDefault())
+  $("controls").addEventListener("input", ({target}) => target.id == "negative" ? show(shown, ++latest).catch(refuse) : drawSoon())
+  $("reset").onclick = () => { for (const axis of AXES) $(axis).value = 0; $("detail").value = about.detail; drawSoon() }
+  $("save").onclick = save
+  const open = async file => file && take(new Uint8Array(await file.arrayBuffer()))
+  $("file").onchange = ({target}) => { open(target.files[0]); target.value = "" }
+  $("example").onclick = async () => {
+    const text = await load("example")
+    take(Uint8Array.from(atob(text), letter => letter.charCodeAt(0)), ["The example is computed from a phantom: it shows nobody."])
+  }
+  for (const name of ["dragover", "dragleave", "drop"]) addEventListener(name, event => {
+    event.preventDefault()
+    $("drop").classList.toggle("over", name == "dragover")
+    if (name == "drop") open(event.dataTransfer.files[0])
+  })
+  $("theme").onclick = () => {
+    const root = document.documentElement, dark = root.dataset.theme ?
+      root.dataset.theme == "dark" : matchMedia("(prefers-color-scheme: dark)").matches
+    localStorage.theme = root.dataset.theme = dark ? "light" : "dark"
+  }
+}
+
+async function begin() {
+  if (["light", "dark"].includes(localStorage.theme)) document.documentElement.dataset.theme = localStorage.theme
+  $("made").textContent = `radrotator ${about.version}, weights ${about.weights}. ${about.title}.`
+  listen()
+  if (location.protocol.startsWith("http")) navigator.serviceWorker?.register("rotate-offline.js", {scope: "rotate"})
+  try {
+    turner = new Turner($("picture"), about)
+    networks = Promise.all([load("runtime"), load("model")]).then(([runtime, files]) => loadNetworks(runtime, files))
+    await networks
+    if (!shown && !latest) tell("Ready: open a radiograph, or take the example.")
+  } catch (error) { tell("", `Cannot turn pictures in this browser: ${error.message ?? "a file of this page is missing"}.`) }
+}
+
+begin()
