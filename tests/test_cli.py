@@ -189,6 +189,7 @@ def test_outputs(command, out, here, capfd):
     ("convert gone.ckpt -o out.safetensors", "gone.ckpt"),
     ("convert untrained.safetensors -o out.safetensors", "untrained.safetensors"),
     ("convert untrained.safetensors -o out.png", ".safetensors"),
+    ("export -o out.pt --weights untrained.safetensors", ".onnx"),
     ("sweep hip.png -o out.avi --weights untrained.safetensors", "End it in .mp4 or .gif"),
     ("sweep hip.png -o hip.png", "exists already"),
     ("sweep hip.png -o nowhere/out.mp4", "does not exist"),
@@ -474,7 +475,7 @@ LINES = {
     "sweep": "sweep hip.png -o json/s --frames 2 --weights untrained.safetensors", "ingest": "ingest json/a.nii.gz json/b.nii.gz -o json/cts --min-slices 2 --max-thickness 10 --spacing 8 --no-coverage --workers 1",
     "pairs": "pairs json/cts -o json/sets --drrs 3 --size 16",
     "train": f"train --phantoms 1 --steps 1 -o json/run {' '.join(SMALL)}", "report": "report json/run", "evaluate": f"evaluate --cts json/one -o json/judged --weights untrained.safetensors --device cpu {FEW}",
-    "convert": "convert json/theirs.ckpt -o json/c.safetensors --size 32 --heads 2", "demo": "demo -o json/demo --radiograph hip.png --weights untrained.safetensors", "doctor": "doctor",
+    "convert": "convert json/theirs.ckpt -o json/c.safetensors --size 32 --heads 2", "export": "export -o json/m.onnx --weights untrained.safetensors", "demo": "demo -o json/demo --radiograph hip.png --weights untrained.safetensors", "doctor": "doctor",
 }
 
 

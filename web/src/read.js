@@ -15,7 +15,7 @@ export async function readRadiograph(bytes, about) {
     : refuse("it is no DICOM file (with DICM after 128 bytes), PNG or JPEG. Give one of these.")
   try {
     const {values, width, height, notes} = await read(bytes, about)
-    if (Math.min(width, height) < about.least_side) refuse("it has too few pixels for a radiograph. Give all of it.")
+    if (Math.min(width, height) < 16) refuse("it has too few pixels for a radiograph. Give all of it.")
     const [low, high] = ends(values)
     if (!(high > low)) refuse("it is one even grey, or holds values that are no numbers. Give another export of it.")
     return {pixels: Float32Array.from(values, v => (v - low)/(high - low)), width, height, notes}
