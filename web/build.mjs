@@ -1,11 +1,12 @@
-// node build.mjs MODEL.onnx EXAMPLE.png FOLDER: writes FOLDER/rotate.html and what it needs, from MODEL.onnx, MODEL-tone.onnx and
-// MODEL.json (`radrotator export`). Everything is a script or a style sheet, so that the page opens from a plain folder, too.
+// node build.mjs MODEL.onnx EXAMPLE.png FOLDER: writes FOLDER/rotate.html and what it needs, from MODEL.onnx, MODEL-tone.onnx
+// and MODEL.json (`radrotator export`). All of it is scripts and a style sheet: so the page opens from a plain folder, too.
 import {build} from "esbuild"
 import {createHash} from "node:crypto"
 import {existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync} from "node:fs"
 
 const [model, example, out] = process.argv.slice(2), here = new URL(".", import.meta.url).pathname
-const base64 = path => readFileSync(path).toString("base64"), beside = ending => model.replace(/\.onnx$/, ending)
+const base64 = path => readFileSync(path).toString("base64")
+const beside = ending => model.replace(/\.onnx$/, ending)
 const folder = `${out}/rotate`, packages = `${here}node_modules`
 mkdirSync(folder, {recursive: true})
 const write = (name, value, place) => writeFileSync(`${folder}/${name}`, `globalThis.${place} = ${JSON.stringify(value)}\n`)
@@ -18,7 +19,8 @@ write("runtime.js", base64(`${packages}/onnxruntime-web/dist/ort-wasm-simd-threa
 for (const [from, to] of [["rotate.html", "rotate.html"], ["rotate.css", "rotate/rotate.css"]])
   writeFileSync(`${out}/${to}`, readFileSync(here + from))
 
-const options = {bundle: true, minify: true, format: "iife", target: "es2022", logLevel: "warning", metafile: true}
+const options = {bundle: true, minify: true, format: "iife", target: "es2022", logLevel: "warning", metafile: true,
+  loader: {".glsl": "text"}}
 const {metafile} = await build({...options, entryPoints: [`${here}src/page.js`], outfile: `${folder}/rotate.js`})
 const used = new Set(Object.keys(metafile.inputs).map(path => path.match(/node_modules\/((?:@[^/]+\/)?[^/]+)/)?.[1]))
 const texts = [...used].filter(Boolean).sort().map(name => {

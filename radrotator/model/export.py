@@ -12,7 +12,8 @@ import numpy as np, torch
 from torch import nn
 
 from ..core import RadRotatorError, atomic_file
-from .lift import Lift
+from .heads import lift_picture
+from .lift import Lift, Shares, extended, low_pass
 
 # %% ../../nbs/20_model/07_export.ipynb #c1ab588f
 class TellTones(nn.Module):
@@ -28,15 +29,20 @@ class TellTones(nn.Module):
 
 # %% ../../nbs/20_model/07_export.ipynb #78282e50
 class TellShares(nn.Module):
-    "Line integrals → their shares over depth: the mean, in one step."
-    inputs = "picture", "known"                   # (1, 1, S, S) each
-    outputs = "tissue", "detail", "rim", "gate"   # of `Shares`
+    "Line integrals → what a turned view is made of, at the network's resolution: see `Lifted`."
+    inputs = "picture", "known"  # (1, 1, S, S) each
+    outputs = "soft", "shares", "blurred", "depths", "detail_depth"  # (1, K, C, C), (1, K, S, S), (1, 1, C, C), (K,), (S, S)
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
-    def forward(self, picture, known): return self.network.share(picture, known)
+    def forward(self, picture, known):
+        config = self.network.config
+        shares = Shares(*self.network.share(picture, known), None)
+        lifted = lift_picture(shares, picture, known, picture, config.split, config.fov)
+        blurred = low_pass(extended(picture, known, config.canvas)[0], config.split)
+        return lifted.soft, lifted.shares, blurred, lifted.depths.float(), lifted.detail_depth
 
 # %% ../../nbs/20_model/07_export.ipynb #630119ae
 def halve_weights(model):  # onnx.ModelProto; changed

@@ -15,24 +15,16 @@ from .. import __version__
 from ..angles import LIMIT
 from ..core import atomic_file
 from ..dicom import MAX_PIXELS, to_luminance
-from ..geometry import CONVENTION, CArm, slab_depths
+from ..geometry import CONVENTION, CArm
 from ..model.export import export_network
 from ..model.heads import RIM, detail_field
-from ..model.lift import LiftConfig
 from ..radiograph.read import RADIOGRAPHIC
 from ..radiograph.write import TITLE
 from .lifted import CURVE_SIDE, EVEN
 from .rotator import RadRotator
 from ..tone import LEVELS, STEPS_BACK
 
-# %% ../../nbs/31_rotate/08_browser.ipynb #65ec9152
-def network_constants(config: LiftConfig) -> dict: # for JSON
-    "List what the shape of a network decides."
-    depths = slab_depths(CArm(size=config.size, fov=config.fov), config.slabs)
-    names = "size", "canvas", "slabs", "split", "fov"
-    return {name: getattr(config, name) for name in names} | dict(depths=depths.tolist())
-
-# %% ../../nbs/31_rotate/08_browser.ipynb #9ef8c618
+# %% ../../nbs/31_rotate/08_browser.ipynb #138609f1
 def house_constants() -> dict: # for JSON
     "List what holds for all weights."
     turning = dict(sod=CArm().sod, rim=RIM, rounds=inspect.signature(detail_field).parameters["rounds"].default)
@@ -41,13 +33,14 @@ def house_constants() -> dict: # for JSON
     reading = dict(even=EVEN, most_pixels=MAX_PIXELS, modalities=RADIOGRAPHIC, luminance=to_luminance(primaries)[0].tolist())
     return turning | tones | reading | dict(limit=LIMIT, convention=CONVENTION, title=TITLE, version=__version__)
 
-# %% ../../nbs/31_rotate/08_browser.ipynb #11c2f04b
+# %% ../../nbs/31_rotate/08_browser.ipynb #c32af646
 def page_constants(model: RadRotator) -> dict: # for JSON
     "List what a program needs besides the networks to turn as this one does."
-    about = dict(weights=model.fingerprint()[:12], detail=model.defaults["detail"])
-    return network_constants(model.network.config) | house_constants() | about
+    config = model.network.config
+    shape = dict(size=config.size, canvas=config.canvas, slabs=config.slabs, fov=config.fov)
+    return shape | house_constants() | dict(weights=model.fingerprint()[:12], detail=model.defaults["detail"])
 
-# %% ../../nbs/31_rotate/08_browser.ipynb #ca36d78b
+# %% ../../nbs/31_rotate/08_browser.ipynb #2826e84c
 def export_model(
     model: RadRotator,  # its weights lift
     path: str | Path,   # .onnx

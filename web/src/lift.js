@@ -35,39 +35,34 @@ export function shrink(pixels, width, height, size) {
   return small
 }
 
-const clamp = (x, low, high) => Math.min(Math.max(x, low), high)
-
-/** Combine, along one axis of an n × m picture, the pixels at `places(i)`, [[index, weight], …]; beyond the border, its own. */
+/** Combine, along an axis of an n × m picture, the pixels at `places(i)`: [[index, weight], …]; beyond the border, its own. */
 function along(image, n, m, axis, length, places) {
-  const [rows, columns] = axis == 0 ? [length, m] : [n, length], out = new Float64Array(rows*columns)
+  const out = new Float64Array(axis == 0 ? length*m : n*length), last = (axis == 0 ? n : m) - 1
   for (let i = 0; i < length; i++) for (const [place, weight] of places(i)) {
-    const at = clamp(place, 0, (axis == 0 ? n : m) - 1)
+    const at = Math.min(Math.max(place, 0), last)
     if (axis == 0) for (let j = 0; j < m; j++) out[i*m + j] += weight*image[at*m + j]
     else for (let j = 0; j < n; j++) out[j*length + i] += weight*image[j*m + at]
   }
   return Float32Array.from(out)
 }
 
-function blur(image, n, m, sigmas, reach) {
-  const taps = sigma => {
-    const far = reach(sigma), all = Array.from({length: 2*far + 1}, (_, k) => Math.exp(-((k - far)**2)/(2*sigma**2)))
-    const sum = all.reduce((a, b) => a + b)
-    return i => all.map((tap, k) => [i + k - far, tap/sum])
-  }
-  const down = sigmas[0] ? along(image, n, m, 0, n, taps(sigmas[0])) : image
-  return sigmas[1] ? along(down, n, m, 1, m, taps(sigmas[1])) : down
-}
-
-/** As scikit-image shrinks: blurred, then linear between pixel centres. */
+/** As scikit-image shrinks: along each axis blurred, then linear between pixel centres. */
 function resize(pixels, height, width, rows, columns) {
-  if (rows == height && columns == width) return pixels
-  const factors = [height/rows, width/columns]
-  const soft = blur(pixels, height, width, factors.map(f => Math.max(0, (f - 1)/2)), s => Math.floor(4*s + 0.5))
+  const soften = factor => {
+    const sigma = (factor - 1)/2, reach = Math.floor(4*sigma + 0.5)
+    const taps = Array.from({length: 2*reach + 1}, (_, k) => [k - reach, Math.exp(-((k - reach)**2)/(2*sigma**2))])
+    const sum = taps.reduce((total, [, weight]) => total + weight, 0)
+    return i => taps.map(([k, weight]) => [i + k, weight/sum])
+  }
   const linear = factor => i => {
     const place = (i + 0.5)*factor - 0.5, left = Math.floor(place)
     return [[left, 1 - place + left], [left + 1, place - left]]
   }
-  return along(along(soft, height, width, 0, rows, linear(factors[0])), rows, width, 1, columns, linear(factors[1]))
+  let image = pixels
+  if (rows < height) image = along(image, height, width, 0, height, soften(height/rows))
+  if (columns < width) image = along(image, height, width, 1, width, soften(width/columns))
+  if (rows < height) image = along(image, height, width, 0, rows, linear(height/rows))
+  return columns < width ? along(image, rows, width, 1, columns, linear(width/columns)) : image
 }
 
 const A = -0.75  // of the cubic convolution, as in PyTorch
@@ -89,9 +84,9 @@ function roundHalfEven(x) {
   return Math.abs(x % 1) == 0.5 && whole % 2 ? whole - 1 : whole
 }
 
-/** {soft, shares, fine, detailDepth, depths, back}: see `Lifted` in Python; null where the picture is too narrow. */
+/** {soft, shares, depths, detail_depth, fine, back}: see `Lifted` in Python; null where the picture is too narrow. */
 export async function liftRadiograph({pixels, width, height}, networks, about) {
-  const {size: S, canvas: C, slabs: K} = about, off = (C - S)/2
+  const {size: S, canvas: C} = about
   const known = shrink(new Float32Array(width*height).fill(1), width, height, S).map(x => x > 0.99 ? 1 : 0)
   if (!known.includes(1)) return null
   const ranks = midRanks(shrink(pixels, width, height, S), known)
@@ -100,30 +95,7 @@ export async function liftRadiograph({pixels, width, height}, networks, about) {
   const [rows, columns] = [height, width].map(n => Math.max(1, roundHalfEven(n*factor)))
   const curve = curveFromRanks(resize(pixels, height, width, rows, columns), quantiles, about.levels)
   const integrals = toIntegrals(curve, pixels)
-  const small = shrink(integrals, width, height, S)
-  const told = await ask(networks.shares, {picture: small, known}, S)
-
-  const seen = [...known.keys()].filter(i => known[i])  // a rectangle: its first and its last pixel are corners
-  const corner = [seen[0], seen[seen.length - 1]], [first, last] = corner.map(i => [Math.floor(i/S), i % S])
-  const inside = new Uint8Array(C*C)
-  const wide = Float32Array.from(inside, (_, i) => {
-    const [row, column] = [Math.floor(i/C) - off, i % C - off]
-    const [r, c] = [clamp(row, first[0], last[0]), clamp(column, first[1], last[1])]
-    inside[i] = r == row && c == column
-    return small[r*S + c]
-  })
-  const blurred = blur(wide, C, C, [about.split, about.split], s => Math.ceil(3*s))
-  const soft = new Float32Array(K*C*C), balance = [0, 0]
-  for (let k = 0; k < K; k++) for (let i = 0; i < C*C; i++) {
-    const row = Math.floor(i/C) - off, column = i % C - off, at = k*C*C + i
-    soft[at] = blurred[i]*(inside[i] ? told.tissue[k*S*S + row*S + column] : told.rim[at]*told.gate[i])
-    if (Math.min(row, column) < 0 || Math.max(row, column) >= S) continue
-    balance[0] += soft[at]*about.depths[k]
-    balance[1] += soft[at]
-  }
-  const depths = about.depths.map(d => d - balance[0]/Math.max(balance[1], 1e-9))
-  const share = (k, i) => told.detail[k*S*S + i]
-  const detailDepth = Float32Array.from(known, (_, i) => depths.reduce((sum, d, k) => sum + d*share(k, i), 0))
-  const enlarged = enlarge(blurred, C, S, height, width), fine = integrals.map((x, i) => x - enlarged[i])
-  return {soft, fine, shares: told.detail, depths, detailDepth, back: wayBack(curve, about.steps_back)}
+  const told = await ask(networks.shares, {picture: shrink(integrals, width, height, S), known}, S)
+  const enlarged = enlarge(told.blurred, C, S, height, width), fine = integrals.map((x, i) => x - enlarged[i])
+  return {...told, depths: [...told.depths], fine, back: wayBack(curve, about.steps_back)}
 }

@@ -1,11 +1,11 @@
-// Keeps the page's files, so that it opens without a network once it was opened with one. CACHE and FILES come from the build.
+// Keeps the page's files, so that it opens without a network once it was opened with one. CACHE and FILES: from the build.
 /* global CACHE, FILES */
-addEventListener("install", event => event.waitUntil(caches.open(CACHE).then(cache => cache.addAll(FILES)).then(() => skipWaiting())))
-
-addEventListener("activate", event => event.waitUntil((async () => {
+const keep = async () => { await (await caches.open(CACHE)).addAll(FILES); await skipWaiting() }
+const tidy = async () => {
   const old = (await caches.keys()).filter(name => name.startsWith("rotate-") && name != CACHE)
-  await Promise.all(old.map(name => caches.delete(name)))
-  await clients.claim()
-})()))
-
-addEventListener("fetch", event => event.respondWith((async () => await caches.match(event.request) ?? fetch(event.request))()))
+  await Promise.all([clients.claim(), ...old.map(name => caches.delete(name))])
+}
+const answer = async request => await caches.match(request) ?? fetch(request)
+addEventListener("install", event => event.waitUntil(keep()))
+addEventListener("activate", event => event.waitUntil(tidy()))
+addEventListener("fetch", event => event.respondWith(answer(event.request)))

@@ -20,15 +20,15 @@ const load = name => new Promise((done, failed) => {
 const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds))
 const painted = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)))
 
-// ---- a radiograph in -------------------------------------------------------------------------------------------------
+// ---- a radiograph in ------------------------------------------------------------------------------------------------
 
 function checkPicture({pixels, width, height}) {
   const counts = new Uint32Array(256)
   for (const v of pixels) counts[Math.trunc(v*255)]++
   const even = Math.max(...counts)/pixels.length
-  if (even > about.even) throw new Refusal("Cannot turn this picture: it is one even grey. Give a radiograph that shows the patient.")
+  if (even > about.even) throw new Refusal("Cannot turn this picture: it is one even grey. Give one that shows a patient.")
   if (Math.max(width, height) > turner.largest)
-    throw new Refusal(`Cannot turn this picture: the graphics here hold ${turner.largest} pixels on a side. Scale it down.`)
+    throw new Refusal(`Cannot turn this picture: the graphics here hold ${turner.largest} pixels a side. Scale it down.`)
 }
 
 /** Read, lift and show; of two files given in haste the later is shown. */
@@ -54,27 +54,28 @@ async function show(read, turn) {
   turner.take(picture, lifted)
   shown = read
   $("work").hidden = false
-  $("notes").replaceChildren(...read.notes.map(note => Object.assign(document.createElement("li"), {textContent: note})))
+  const lines = read.notes.map(note => Object.assign(document.createElement("li"), {textContent: note}))
+  $("notes").replaceChildren(...lines)
   draw()
   tell(`${read.width} × ${read.height} pixels, lifted in ${((performance.now() - start)/1000).toFixed(1)} s.`)
 }
 
-// ---- views -----------------------------------------------------------------------------------------------------------
+// ---- views ----------------------------------------------------------------------------------------------------------
 
 const angles = () => AXES.map(axis => $(axis).valueAsNumber)
 const describe = () => `x ${signed(angles()[0])}°, y ${signed(angles()[1])}°, z ${signed(angles()[2])}°`
 
 /** Paint the view that the sliders ask for: at once, and where the machine is slow coarsely at once and all of it soon. */
-async function draw() {
-  const split = Number(document.querySelector("[name=show]:checked").value), number = ++views, canvas = $("picture")
+async function draw(split = Number(document.querySelector("[name=show]:checked").value)) {
+  const number = ++views, canvas = $("picture"), {width, height} = canvas
   const view = {angles: angles(), detail: $("detail").valueAsNumber, split}
   for (const axis of AXES) document.querySelector(`output[for=${axis}]`).textContent = `${signed($(axis).valueAsNumber)}°`
   document.querySelector("output[for=detail]").textContent = $("detail").value
-  const words = split == 1 ? "The radiograph as it was" : view.angles.some(a => a) ? `Computed view: ${describe()}` : "The radiograph"
-  canvas.ariaLabel = $("caption").textContent = words + (split == 0.5 ? "; left half as it was" : "")
+  const turned = split < 1 && view.angles.some(a => a), words = turned ? `Computed view: ${describe()}` : "The radiograph"
+  canvas.ariaLabel = $("caption").textContent = words + (turned && split ? "; left half as it was" : "")
   canvas.ariaBusy = true
   turner.prepare(view)
-  const {width, height} = canvas, grain = Math.ceil(Math.sqrt(width*height/turner.pixelsIn(30, view.detail)))
+  const grain = Math.ceil(Math.sqrt(width*height/turner.pixelsIn(30, view.detail)))
   if (grain > 1) turner.paint(view, grain)
   if (grain > 1) await pause(150)
   for (let from = 0, rows; from < height && number == views; from += rows) {
@@ -95,56 +96,52 @@ function drawSoon() {
 
 /** The view with its mark, as PNG: the words stand in the picture and in the file. */
 async function save() {
-  if (!await draw()) return
+  if (!await draw(0)) return
   const {width, height} = $("picture"), page = new OffscreenCanvas(width, height), pen = page.getContext("2d")
   pen.drawImage($("picture"), 0, 0)
-  const lines = [about.title, `computed view: ${describe()}`]
+  const lines = [`computed view: ${describe()}`, about.title]  // from below
   const size = Math.max(9, Math.min(height/24, width/22))
-  Object.assign(pen, {font: `${size}px sans-serif`, fillStyle: "white", strokeStyle: "black", lineWidth: size/5, lineJoin: "round"})
-  lines.reverse().forEach((line, i) => {
+  Object.assign(pen, {font: `${size}px sans-serif`, fillStyle: "white", lineWidth: size/5, lineJoin: "round"})
+  lines.forEach((line, i) => {
     const place = [line, width/50, height - height/50 - 1.25*size*i, 0.96*width]
     pen.strokeText(...place)
     pen.fillText(...place)
   })
   const data = pen.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 == 0)
-  const text = {Description: `${about.title}. ${describe().replaceAll("°", "").replaceAll("−", "-")} degrees; weights ` +
-    `${about.weights}, detail ${$("detail").value}; radrotator ${about.version}, in the browser`}
+  const plain = describe().replaceAll("°", "").replaceAll("−", "-"), made = `detail ${$("detail").value}, ${$("made").textContent}`
+  const text = {Description: `${about.title}. ${plain} degrees; ${made}`}
   const url = URL.createObjectURL(new Blob([encode({width, height, data, channels: 1, text})], {type: "image/png"}))
-  const [x, y, z] = angles().map(a => signed(a).replace("−", "-"))
-  Object.assign(document.createElement("a"), {href: url, download: `radrotator_x${x}_y${y}_z${z}.png`}).click()
+  const name = `radrotator_${plain.replaceAll(" ", "").replaceAll(",", "_")}.png`
+  Object.assign(document.createElement("a"), {href: url, download: name}).click()
   setTimeout(() => URL.revokeObjectURL(url), 60_000)
+  drawSoon()
 }
 
-// ---- begin -----------------------------------------------------------------------------------------------------------
+// ---- begin ----------------------------------------------------------------------------------------------------------
 
 function listen() {
   for (const axis of AXES) Object.assign($(axis), {min: -about.limit, max: about.limit, value: 0})
   $("detail").value = about.detail
-  $("controls").addEventListener("submit", event => event.preventDefault())
-  $("controls").addEventListener("input", ({target}) => target.id == "negative" ? show(shown, ++latest).catch(refuse) : drawSoon())
-  $("reset").onclick = () => { for (const axis of AXES) $(axis).value = 0; $("detail").value = about.detail; drawSoon() }
+  $("controls").onsubmit = event => event.preventDefault()
+  $("controls").oninput = ({target}) => target.id == "negative" ? show(shown, ++latest).catch(refuse) : drawSoon()
+  $("reset").onclick = () => { for (const id of [...AXES, "detail"]) $(id).value = about[id] ?? 0; drawSoon() }
   $("save").onclick = save
   const open = async file => file && take(new Uint8Array(await file.arrayBuffer()))
   $("file").onchange = ({target}) => { open(target.files[0]); target.value = "" }
   $("example").onclick = async () => {
-    const text = await load("example")
-    take(Uint8Array.from(atob(text), letter => letter.charCodeAt(0)), ["The example is computed from a phantom: it shows nobody."])
+    const bytes = Uint8Array.from(atob(await load("example")), letter => letter.charCodeAt(0))
+    take(bytes, ["The example is computed from a phantom: it shows nobody."])
   }
   for (const name of ["dragover", "dragleave", "drop"]) addEventListener(name, event => {
     event.preventDefault()
     $("drop").classList.toggle("over", name == "dragover")
     if (name == "drop") open(event.dataTransfer.files[0])
   })
-  $("theme").onclick = () => {
-    const root = document.documentElement, dark = root.dataset.theme ?
-      root.dataset.theme == "dark" : matchMedia("(prefers-color-scheme: dark)").matches
-    localStorage.theme = root.dataset.theme = dark ? "light" : "dark"
-  }
 }
 
 async function begin() {
-  if (["light", "dark"].includes(localStorage.theme)) document.documentElement.dataset.theme = localStorage.theme
-  $("made").textContent = `radrotator ${about.version}, weights ${about.weights}. ${about.title}.`
+  document.documentElement.dataset.theme = localStorage.theme  // as it was chosen on the site's other pages
+  $("made").textContent = `radrotator ${about.version} in the browser, weights ${about.weights}`
   listen()
   if (location.protocol.startsWith("http")) navigator.serviceWorker?.register("rotate-offline.js", {scope: "rotate"})
   try {
@@ -152,7 +149,10 @@ async function begin() {
     networks = Promise.all([load("runtime"), load("model")]).then(([runtime, files]) => loadNetworks(runtime, files))
     await networks
     if (!shown && !latest) tell("Ready: open a radiograph, or take the example.")
-  } catch (error) { tell("", `Cannot turn pictures in this browser: ${error.message ?? "a file of this page is missing"}.`) }
+  } catch (error) {
+    $("drop").hidden = true
+    tell("", `Cannot turn pictures in this browser: ${error.message ?? "a file of this page is missing"}.`)
+  }
 }
 
 begin()

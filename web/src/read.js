@@ -5,13 +5,15 @@ import {convertIndexedToRgb, decode} from "fast-png"
 import {inflateSync} from "fflate"
 import {Decoder} from "jpeg-lossless-decoder-js"
 
+globalThis.pako = {inflateRaw: inflateSync}  // by this name dicom-parser asks for what inflates a deflated file
 export class Refusal extends Error {}
 const refuse = reason => { throw new Refusal(`Cannot read this file: ${reason}`) }
 
 export async function readRadiograph(bytes, about) {
   const starts = (...mark) => mark.every((byte, i) => bytes[i] == byte)
   const read = String.fromCharCode(...bytes.subarray(128, 132)) == "DICM" ? readDicom
-    : starts(0x89, 0x50, 0x4e, 0x47) ? readPng : starts(0xff, 0xd8, 0xff) ? readPicture
+    : starts(0x89, 0x50, 0x4e, 0x47) ? readPng
+    : starts(0xff, 0xd8, 0xff) ? async () => ({...await decodeJpeg(bytes, about), notes: PICTURE})
     : refuse("it is no DICOM file (with DICM after 128 bytes), PNG or JPEG. Give one of these.")
   try {
     const {values, width, height, notes} = await read(bytes, about)
@@ -48,22 +50,19 @@ function luminance(data, channels, count, weights) {
   return grey
 }
 
-const PICTURE = ["A picture does not say whether bone is bright, nor which side is which: it is taken for a frontal view with " +
-  "bone bright and the patient's right on the left."]
+const PICTURE = ["A picture does not say whether bone is bright, nor which side is which: it is taken for a frontal view " +
+  "with bone bright and the patient's right on the left."]
 
 function readPng(bytes, about) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length)
   checkSize(view.getUint32(16), view.getUint32(20), about)
-  const {data, width, height, depth, channels, palette} = decode(bytes, {checkCrc: true})
-  if (palette) {
-    const rgb = convertIndexedToRgb({data, width, height, depth, palette, channels})
-    return {values: luminance(rgb, palette[0].length, width*height, about.luminance), width, height, notes: PICTURE}
-  }
-  if (depth < 8) refuse(`its pixels have ${depth} bits, too few to show anatomy. Export it with 8 or 16.`)
+  const image = decode(bytes, {checkCrc: true}), {width, height, depth, palette} = image
+  if (depth < 8 && !palette) refuse(`its pixels have ${depth} bits, too few to show anatomy. Export it with 8 or 16.`)
+  const [data, channels] = palette ? [convertIndexedToRgb(image), palette[0].length] : [image.data, image.channels]
   return {values: luminance(data, channels, width*height, about.luminance), width, height, notes: PICTURE}
 }
 
-/** What a JPEG stream says of itself: its process (0: baseline … 3: lossless), bits, size, and whether it comes to its end. */
+/** What a JPEG stream says of itself: its process (0: baseline … 3: lossless), bits and size; throws where it has no end. */
 function jpegHeader(bytes) {
   const word = i => bytes[i] << 8 | bytes[i + 1]
   let frame = {}
@@ -89,23 +88,15 @@ async function decodeJpeg(bytes, about) {
   return {values: luminance(data, 4, width*height, about.luminance), width, height}
 }
 
-async function readPicture(bytes, about) { return {...await decodeJpeg(bytes, about), notes: PICTURE} }
-
-// ---- DICOM -----------------------------------------------------------------------------------------------------------
+// ---- DICOM ----------------------------------------------------------------------------------------------------------
 
 const PLAIN = ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"]
 const JPEG = ["1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"]
 
 async function readDicom(bytes, about) {
-  const inflater = (all, start) => {
-    const rest = inflateSync(all.subarray(start)), whole = new Uint8Array(start + rest.length)
-    whole.set(all.subarray(0, start))
-    whole.set(rest, start)
-    return whole
-  }
-  const ds = dicomParser.parseDicom(bytes, {inflater})
+  const ds = dicomParser.parseDicom(bytes)
   const text = tag => (ds.string(tag) ?? "").trim().toUpperCase()
-  const numbers = tag => text(tag).replaceAll(",", ".").split("\\").map(parseFloat)  // a decimal comma is not allowed, but met
+  const numbers = tag => text(tag).replaceAll(",", ".").split("\\").map(parseFloat)  // commas are not allowed, but met
   const whole = tag => ds.elements[tag]?.length ? ds.uint16(tag) : undefined
   const [modality, tone, shape] = ["x00080060", "x00280004", "x20500020"].map(text)
   if (/^[A-Z]{1,9}$/.test(modality) && !about.modalities.includes(modality))
@@ -149,7 +140,7 @@ async function storedValues(ds, allocated, width, height, about) {
   } else if (JPEG.includes(syntax)) {
     const stream = dicomParser.readEncapsulatedPixelDataFromFragments(ds, element, 0, element.fragments.length)
     const {process, width: w, height: h} = jpegHeader(stream)
-    if (w != width || h != height) refuse("the compressed image has another size than the header says. Export it again.")
+    if (w != width || h != height) refuse("the compressed image has another size than its header says. Export it.")
     if (process == 3) raw = Float64Array.from(new Decoder().decode(stream.slice().buffer))
     else raw = (await decodeJpeg(stream, about)).values
   } else refuse("its pixels are compressed in a way that this page does not know. Export it uncompressed.")
@@ -162,7 +153,7 @@ async function storedValues(ds, allocated, width, height, about) {
 
 /** The VOI LUT or the first window, as in PS3.3 C.11.2; the values themselves where that would leave nothing to see. */
 function display(ds, values, text, numbers) {
-  const lut = ds.elements.x00283010?.items?.[0]?.dataSet, table = lut?.elements.x00283006, size = lut?.elements.x00283002
+  const lut = ds.elements.x00283010?.items?.[0]?.dataSet, {x00283006: table, x00283002: size} = lut?.elements ?? {}
   const [centre, width] = [numbers("x00281050")[0], numbers("x00281051")[0]], way = text("x00281056")
   const exact = way == "LINEAR_EXACT", least = exact || way == "SIGMOID" ? 0 : 1
   let shown = values
@@ -197,7 +188,7 @@ function upright(values, width, height, way, notes) {
   const [along, down] = way.map(letters => letters[0])
   const mirror = ["LH", "RF", "RH"].includes(`${along}${down}`)
   if (!/^[LR][FH]$/.test(`${along}${down}`))
-    notes.push("The header does not say that it is a frontal view with the patient's right on the left: it is taken for one.")
+    notes.push("The header does not say that this is a frontal view with the patient's right on the left: it is taken so.")
   if (!mirror) return {values, width, height}
   notes.push("Stored mirrored: turned, so that the patient's right is on the left.")
   const x = j => along == "R" ? width - 1 - j : j, y = i => down == "H" ? height - 1 - i : i

@@ -1,13 +1,11 @@
 // Ranks and the tone curve: grey value ↔ line integral, as in radrotator/tone.py.
 
-const firstNotBelow = (sorted, x) => search(sorted, v => v < x)   // how many are smaller
-const firstAbove = (sorted, x) => search(sorted, v => v <= x)     // how many are smaller or equal
-
-function search(sorted, holds) {
+/** How many of the sorted values are below x, or (with `equal`) not above it. */
+function count(sorted, x, equal) {
   let low = 0, high = sorted.length
   while (low < high) {
     const middle = (low + high) >> 1
-    if (holds(sorted[middle])) low = middle + 1
+    if (sorted[middle] < x || equal && sorted[middle] === x) low = middle + 1
     else high = middle
   }
   return low
@@ -16,12 +14,12 @@ function search(sorted, holds) {
 /** The share of known values that are darker, and half of those that are equal. */
 export function midRanks(values, known) {
   const sorted = Float32Array.from(values.filter((_, i) => known[i] > 0)).sort()
-  return Float32Array.from(values, x => (firstNotBelow(sorted, x) + firstAbove(sorted, x))/(2*sorted.length))
+  return Float32Array.from(values, x => (count(sorted, x, false) + count(sorted, x, true))/(2*sorted.length))
 }
 
 /** y at x, linear between the knots; constant beyond them. */
 function interpolate(x, xs, ys) {
-  const right = firstAbove(xs, x)
+  const right = count(xs, x, true)
   if (right == 0) return ys[0]
   if (right == xs.length) return ys[right - 1]
   const left = right - 1

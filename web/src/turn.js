@@ -1,5 +1,8 @@
 // Turning is geometry: plane homographies and their gains in a fragment shader, as in radrotator/geometry.py and
 // radrotator/model/heads.py.
+import LOOK from "./shaders/look.glsl"
+import SOFT from "./shaders/soft.glsl"
+import VIEW from "./shaders/view.glsl"
 
 /** R = Rz·Ry·Rx about fixed patient axes, degrees. */
 function rotation(angles) {
@@ -52,68 +55,6 @@ function detailField(R, depth, size, half, sod, rounds) {
 const VERTEX = `#version 300 es
 void main() { gl_Position = vec4(vec2(gl_VertexID & 1, gl_VertexID >> 1)*4. - 1., 0., 1.); }`
 
-const HEAD = K => `#version 300 es
-precision highp float; precision highp int; precision highp sampler2D; precision highp sampler2DArray;
-const int K = ${K}; const float A = -.75;
-uniform mat3 planes[K]; uniform float h; uniform vec3 normal; out vec4 result;
-vec3 find(int k, vec2 p) {  // where in the input, and the gain
-  vec3 q = planes[k]*vec3(p, 1.), ray = vec3(-h*p.x, -1., -h*p.y); q.xy /= q.z;
-  return vec3(q.xy, length(ray)/abs(dot(ray, normal))/sqrt(1. + h*h*dot(q.xy, q.xy)));
-}
-float near(float t) { return ((A + 2.)*t - A - 3.)*t*t + 1.; }
-float far(float t) { return ((A*t - 5.*A)*t + 8.*A)*t - 4.*A; }
-vec4 cubic(float t) { return vec4(far(t + 1.), near(t), near(1. - t), far(2. - t)); }
-vec2 pixel(vec2 p, vec2 size) { return ((p + 1.)*size - 1.)/2.; }
-#define ROW(TAP, at) dot(wx, vec4(TAP(xs.x, at), TAP(xs.y, at), TAP(xs.z, at), TAP(xs.w, at)))
-#define CUBIC(TAP, ZEROS) vec2 low = floor(place); vec4 wx = cubic(place.x - low.x), wy = cubic(place.y - low.y); \\
-  ivec4 ux = int(low.x) + ivec4(-1, 0, 1, 2), uy = int(low.y) + ivec4(-1, 0, 1, 2); \\
-  ivec4 xs = clamp(ux, 0, size.x - 1), ys = clamp(uy, 0, size.y - 1); \\
-  if (ZEROS) { wx *= vec4(equal(xs, ux)); wy *= vec4(equal(ys, uy)); } \\
-  return dot(wy, vec4(ROW(TAP, ys.x), ROW(TAP, ys.y), ROW(TAP, ys.z), ROW(TAP, ys.w)));
-#define LINEAR(FETCH) place = clamp(place, vec2(0.), vec2(size - 1)); \\
-  ivec2 low = ivec2(place), top = min(low + 1, size - 1); vec2 t = place - vec2(low); \\
-  return mix(mix(FETCH(low), FETCH(ivec2(top.x, low.y)), t.x), mix(FETCH(ivec2(low.x, top.y)), FETCH(top), t.x), t.y);
-`
-// The soft part, slab by slab, a little wider than the picture and as coarse as the network.
-const COARSE = K => HEAD(K) + `
-uniform sampler2DArray soft; uniform float wide;
-#define SOFT(i, j) texelFetch(soft, ivec3(i, j, k), 0).r
-float slab(int k, vec2 place) { ivec2 size = textureSize(soft, 0).xy; CUBIC(SOFT, false) }
-void main() {
-  vec2 p = gl_FragCoord.xy*2./wide - 1., canvas = vec2(textureSize(soft, 0).xy); float sum = 0.;
-  for (int k = 0; k < K; k++) { vec3 q = find(k, p); sum += q.z*slab(k, pixel(q.xy*wide/canvas, canvas)); }
-  result = vec4(sum, 0., 0., 1.);
-}`
-// The view: the soft part enlarged, the fine part from where its depth says, and back into grey values.
-const VIEW = K => HEAD(K) + `
-uniform sampler2D coarse, fine, field, before, table; uniform sampler2DArray shares;
-uniform float detail, low, scale, steps, split, grain;
-#define COARSE(i, j) texelFetch(coarse, ivec2(i, j), 0).r
-float softly(vec2 place) { ivec2 size = textureSize(coarse, 0); CUBIC(COARSE, false) }
-#define FINE(i, j) texelFetch(fine, ivec2(i, j), 0).r
-float finely(vec2 place) { ivec2 size = textureSize(fine, 0); CUBIC(FINE, true) }
-#define FIELD(at) texelFetch(field, at, 0)
-vec4 moved(vec2 place) { ivec2 size = textureSize(field, 0); LINEAR(FIELD) }
-#define SHARE(at) texelFetch(shares, ivec3(at, k), 0).r
-float share(int k, vec2 place) { ivec2 size = textureSize(shares, 0).xy; LINEAR(SHARE) }
-float grey(int i) { int width = textureSize(table, 0).x; return texelFetch(table, ivec2(i % width, i / width), 0).r; }
-void main() {
-  vec2 size = vec2(textureSize(fine, 0)), S = vec2(textureSize(field, 0));
-  vec2 at = gl_FragCoord.xy*grain; float side = max(size.x, size.y);
-  ivec2 here = clamp(ivec2(at.x, size.y - at.y), ivec2(0), ivec2(size) - 1);
-  vec2 p = (vec2(here)*2. + 1. - size)/side, scaled = size/side;
-  if (float(here.x) < split*size.x) { result = vec4(vec3(texelFetch(before, here, 0).r), 1.); return; }
-  float sum = softly(pixel(p*S/vec2(textureSize(coarse, 0)), vec2(textureSize(coarse, 0))));
-  if (detail > 0.) { vec4 f = moved(pixel(p, S)); sum += detail*f.z*finely(pixel((p + f.xy)/scaled, size)); }
-  if (detail < 1.) for (int k = 0; k < K; k++) {
-    vec2 q = clamp(p, 1./S - 1., 1. - 1./S); vec3 f = find(k, q); f.xy += p - q;
-    float part = (1. - detail)*f.z*share(k, pixel(f.xy, S));
-    if (part > 1e-5) sum += part*finely(pixel(f.xy/scaled, size));
-  }
-  float place = clamp((sum - low)*scale, 0., steps); int left = int(place);
-  result = vec4(vec3(clamp(mix(grey(left), grey(left + 1), place - float(left)), 0., 1.)), 1.);
-}`
-
 /** Draws views of one radiograph on a canvas. */
 export class Turner {
   constructor(canvas, about) {
@@ -121,12 +62,13 @@ export class Turner {
     if (!gl?.getExtension("EXT_color_buffer_float")) throw new Error("no WebGL2 with floating-point targets")
     const [soft, small, buffer] = [gl.createFramebuffer(), gl.createFramebuffer(), gl.createRenderbuffer()]
     Object.assign(this, {canvas, about, soft, small, buffer, textures: {}, cost: {}})
-    this.coarse = this.program(COARSE(about.slabs))
-    this.view = this.program(VIEW(about.slabs))
+    this.coarse = this.program(SOFT)
+    this.view = this.program(VIEW)
   }
 
-  program(fragment) {
+  program(main) {
     const {gl} = this, program = gl.createProgram()
+    const fragment = `#version 300 es\n#define K ${this.about.slabs}\n${LOOK}${main}`
     for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, fragment]]) {
       const shader = gl.createShader(kind)
       gl.shaderSource(shader, source)
@@ -182,11 +124,11 @@ export class Turner {
     gl.drawArrays(gl.TRIANGLES, 0, 3)
   }
 
-  /** Make ready to paint a view: {angles in degrees, detail, split: share of the width at the left that stays as it was}. */
+  /** Make ready to paint a view: {angles, detail, split: share of the width, at the left, that stays as it was}. */
   prepare({angles}) {
     const {gl, about, wide, lifted} = this, half = about.fov/2, R = rotation(angles)
     gl.activeTexture(gl.TEXTURE0)
-    const field = detailField(R, lifted.detailDepth, about.size, half, about.sod, about.rounds)
+    const field = detailField(R, lifted.detail_depth, about.size, half, about.sod, about.rounds)
     this.load("field", field, about.size, about.size, 0, true)
     gl.bindFramebuffer(gl.FRAMEBUFFER, this.soft)
     gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, this.textures.coarse.id, 0)
