@@ -33,7 +33,7 @@ class LiftConfig:
     blocks: int = 2                 # residual blocks a level, on the way down and on the way up
     heads: int = 4                  # of attention, at the coarsest level
     tones: int = 64                 # quantile functions of training pictures, of which every picture's is mixed
-    split: float = 2.0              # pixels: standard deviation of the low-pass; what it takes away is detail
+    split: float = 1.0              # pixels: standard deviation of the low-pass; what it takes away is detail
     fov: float = 320.0              # mm at the isocentre that a picture of unknown scale is taken for
 
     def __post_init__(self): check_lift(self)
@@ -42,7 +42,7 @@ class LiftConfig:
     def tiny(cls): return cls()
 
     @classmethod
-    def small(cls): return cls(size=128, canvas=192, multipliers=(1, 2, 3, 4), split=4.0)
+    def small(cls): return cls(size=128, canvas=192, multipliers=(1, 2, 3, 4), split=2.0)
 
 # %% ../../nbs/20_model/03_lift.ipynb #65c0cd77
 def check_lift(
