@@ -33,7 +33,7 @@ LOOK = r"""() => {
   const wide = document.documentElement.scrollWidth
   if (wide > innerWidth) say("wider than the screen", `${wide} pixels of ${innerWidth}, ` + [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .scroll")).map(e => e.tagName + " " + e.className).slice(0, 3))
   if (document.querySelectorAll("h1").length != 1) say("not one title", document.querySelectorAll("h1").length)
-  for (const thing of document.querySelectorAll("button, input, nav")) if (!(thing.getAttribute("aria-label") || thing.innerText).trim()) say("no name for a screen reader", thing.outerHTML)
+  for (const thing of document.querySelectorAll("button, input, nav")) if (!(thing.getAttribute("aria-label") || thing.innerText || [...thing.labels ?? []].map(label => label.innerText).join("")).trim()) say("no name for a screen reader", thing.outerHTML)
   for (const link of document.querySelectorAll("a[href]")) if (!(link.innerText || link.textContent || link.getAttribute("aria-label") || "").trim() && !link.querySelector("img[alt]")) say("link without words", link.href)
   const ids = [...document.querySelectorAll("[id]")].map(e => e.id), twice = ids.filter((id, i) => ids.indexOf(id) != i)
   if (twice.length) say("the same anchor twice", twice)

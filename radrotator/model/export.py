@@ -31,7 +31,8 @@ class TellTones(nn.Module):
 class TellShares(nn.Module):
     "Line integrals → what a turned view is made of, at the network's resolution: see `Lifted`."
     inputs = "picture", "known"  # (1, 1, S, S) each
-    outputs = "soft", "shares", "blurred", "depths", "detail_depth"  # (1, K, C, C), (1, K, S, S), (1, 1, C, C), (K,), (S, S)
+    outputs = "soft", "shares", "blurred", "depths", "detail_depth"
+    # (1, K, C, C), (1, K, S, S), (1, 1, C, C), (K,) and (S, S): slabs, shares of the fine part, low-pass, mm, mm
 
     def __init__(self, network):
         super().__init__()

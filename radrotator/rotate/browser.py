@@ -30,7 +30,8 @@ def house_constants() -> dict: # for JSON
     turning = dict(sod=CArm().sod, rim=RIM, rounds=inspect.signature(detail_field).parameters["rounds"].default)
     tones = dict(levels=LEVELS.tolist(), steps_back=STEPS_BACK, curve_side=CURVE_SIDE)
     primaries = np.eye(3)[None]   # red, green and blue: their grey values are the weights of a mixture
-    reading = dict(even=EVEN, most_pixels=MAX_PIXELS, modalities=RADIOGRAPHIC, luminance=to_luminance(primaries)[0].tolist())
+    luminance = to_luminance(primaries)[0].tolist()
+    reading = dict(even=EVEN, most_pixels=MAX_PIXELS, modalities=RADIOGRAPHIC, luminance=luminance)
     return turning | tones | reading | dict(limit=LIMIT, convention=CONVENTION, title=TITLE, version=__version__)
 
 # %% ../../nbs/31_rotate/08_browser.ipynb #c32af646
