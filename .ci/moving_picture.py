@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--weights", type=Path, help="default: those of the package")
     parser.add_argument("--to", type=Path, default=ROOT/"nbs"/"images"/"sweep.webp")
     args = parser.parse_args()
-    from radrotator.core import atomic_file
+    from radrotator.files import atomic_file
     from radrotator.rotate.rotator import RadRotator
     model = RadRotator.from_file(args.weights, "cpu") if args.weights else RadRotator.from_pretrained(device="cpu")
     rows = zip(panels(model, soft=True), panels(model, soft=False))

@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import nn
 
 from radrotator.core import markdown_table
-from radrotator.model.sample import SOLVERS, ddim, guided, time_steps
+from radrotator.model.sample import SOLVERS, ddim, guided_denoiser, time_steps
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.rotate.drawn import draw_batch
 from radrotator.rotate.rotator import RadRotator
@@ -171,7 +171,7 @@ def paper_table(config, device, frames=300, steps=20, batch=16, rounds=3, peak=N
         many = lambda tensor, size: tensor.expand(size, *tensor.shape[1:])
         for start in range(0, n, batch):
             size = min(batch, n - start)
-            solve(guided(forward, many(radiograph, size), many(vector, size), 4.0), many(noise, size), time_steps(steps, spacing))
+            solve(guided_denoiser(forward, many(radiograph, size), many(vector, size), 4.0), many(noise, size), time_steps(steps, spacing))
         wait()
 
     with FlopCounterMode(display=False) as counter, torch.no_grad(): network(noise, torch.tensor([500], device=device), radiograph, vector)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from radrotator.core import check_output, atomic_folder, markdown_table, sha256
+from radrotator.core import markdown_table
+from radrotator.files import check_output, atomic_folder, sha256
 from radrotator.evaluate.judge import judge
 from radrotator.evaluate.patients import atlas_patients, ct_patients
 from radrotator.evaluate.protocol import Protocol
-from radrotator.evaluate.report import save_release, write_report
+from radrotator.evaluate.report import save_release, write_judge_report
 from radrotator.train.losses import LiftingConfig
 from radrotator.pairs.folds import TRAIN, VALIDATE
 from radrotator.pairs.live import OnTheFlyPairs, OnTheFlySlabs
@@ -99,7 +100,7 @@ def main():
     about = dict(weights=args.out.name, left_out=left_out, questions=vars(protocol), sampling=model.about["sampling"],
                  seconds=round(time.perf_counter() - began),
                  made={key: value for key, value in model.about.items() if key != "known"})
-    with atomic_folder(args.report) as folder: figures = write_report(folder, results, about)
+    with atomic_folder(args.report) as folder: figures = write_judge_report(folder, results, about)
     report = {group: {key: mine[key] for key in SHIPPED} for group, mine in figures["groups"].items()}
     for group, mine in report.items():
         print(f"\n{group}\n\n{markdown_table(mine['headline'])}\n\n{markdown_table(mine['depth'])}")

@@ -26,8 +26,8 @@ from radrotator.batch import Batch
 from radrotator.pairs.folds import TRAIN
 from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.train.config import PRECISIONS, PRESETS
-from radrotator.train.feeds import from_jobs
-from radrotator.train.machine import Machine, join
+from radrotator.train.feeds import open_jobs
+from radrotator.train.machine import ComputeConfig, make_accelerator
 from radrotator.train.trainer import Trainer
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNetConfig, count_operations
@@ -54,9 +54,9 @@ class Clock:
         self.wait(); self.seconds[name] += time.perf_counter() - start
 
 
-def trainer_of(config, data=None, machine=Machine(), device="cpu"):
+def trainer_of(config, data=None, machine=ComputeConfig(), device="cpu"):
     "A trainer in which no layer is zero"
-    trainer = Trainer(tempfile.mkdtemp(), config, data, None, machine, join(device))
+    trainer = Trainer(tempfile.mkdtemp(), config, data, None, machine, make_accelerator(device))
     if not config.lift: trainer.network.load_state_dict(drawn(config.unet).state_dict())
     return trainer
 
@@ -173,12 +173,12 @@ def peak_of(device, precision, rounds=5):
 def feed_of(config, device):
     "Pairs or slabs of two phantoms in memory, rendered when they are asked for"
     plan = PhantomPlan(count=2, size=config.shape.size, drrs=511)
-    return from_jobs([job for job in phantom_jobs(plan) if job.fold in TRAIN], plan, config, device=device)[0]
+    return open_jobs([job for job in phantom_jobs(plan) if job.fold in TRAIN], plan, config, device=device)[0]
 
 
 def measured(trainer, steps):
     "Pairs a second, data included, and the share of each part of a step, taken in as many steps more"
-    batches, clock, silent, echo = iter(trainer.batches()), Clock(trainer.device), trainer.clock, trainer.data.plan.echo
+    batches, clock, silent, echo = iter(trainer.iterate_batches()), Clock(trainer.device), trainer.clock, trainer.data.plan.echo
     if trainer.config.lift: steps = -(-steps//echo)*echo                               # so many steps in a row ask about the same slabs
     for _ in range(echo): trainer.train_step(next(batches))                            # warm up, compile
     def steps_with(noting):
@@ -207,7 +207,7 @@ def preset_row(name, config, data, device, peak, machine, steps):
             **{part: f"{share.get(part, 0):.1%}" for part in ("data", *PARTS)}} | ({"peak memory": f"{torch.cuda.max_memory_allocated()/2**30:.1f} GiB"} if cuda else {})
 
 
-def preset_table(configs, precisions, device, machines=(Machine(),), steps=2):
+def preset_table(configs, precisions, device, machines=(ComputeConfig(),), steps=2):
     "Rows: every preset in every precision and way of computing"
     peaks = {precision: peak_of(device, PRECISIONS[precision]) for precision in precisions}
     print("peak of a matrix product: " + ", ".join(f"{peak/1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items()) + "\n", flush=True)
@@ -245,7 +245,7 @@ def main():
         print(f"\npresets on the CPU, rendered while training; parts as a share of a step\n\n{markdown_table(preset_table(configs_of(args.presets, 'cpu'), ('fp32', 'bf16'), 'cpu'))}", flush=True)
     if "cuda" in args.parts:
         print("\npresets on CUDA, rendered while training; parts as a share of a step\n", flush=True)
-        machines = [Machine(compile=compile, checkpointing=checkpointing) for compile in (False, True) for checkpointing in (False, True)]
+        machines = [ComputeConfig(compile=compile, checkpointing=checkpointing) for compile in (False, True) for checkpointing in (False, True)]
         if args.rehearse: torch.compile = lambda network: network                        # its way through a compiler is a test of its own
         if args.rehearse or torch.cuda.is_available():
             print(markdown_table(preset_table(configs_of(args.presets, "cuda", args.rehearse), ("bf16",), "cpu" if args.rehearse else "cuda", machines, 2 if args.rehearse else args.steps)))

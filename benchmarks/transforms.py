@@ -12,7 +12,7 @@ import argparse, os, statistics, sys, time
 import numpy as np, torch
 from skimage.exposure import match_histograms
 
-from radrotator.train.histogram import _match_by_sorting, match_ranks, noise_values, rand_histogram_shift
+from radrotator.train.histogram import _match_by_sorting, match_ranks, draw_noise, rand_histogram_shift
 
 SMALL = 32
 
@@ -39,7 +39,7 @@ def compare(size, batch, repeats):
     "Milliseconds an image for each way, and the largest difference from scikit-image"
     generator, random = torch.Generator().manual_seed(size), np.random.default_rng(size)
     pairs = torch.rand(batch, 2, size, size, generator=generator)
-    noise = noise_values(batch, size*size, generator)
+    noise = draw_noise(batch, size*size, generator)
     shuffled = random.permuted(noise.numpy(), axis=1).reshape(batch, size, size)
     ways = dict(skimage=lambda: skimage_pairs(pairs.numpy(), shuffled), matching=lambda: match_ranks(pairs, noise), sorting=lambda: sorting(pairs, noise),
                 skimage_whole=lambda: skimage_pairs(pairs.numpy(), random.random((batch, SMALL, SMALL), np.float32)),

@@ -20,7 +20,7 @@ from .core import RadRotatorError
 def mid_ranks(
     values: torch.Tensor,            # (B, n) grey values of any scale
     known: torch.Tensor | None = None, # (B, n) bool: pixels that count; None: all
-) -> torch.Tensor:                   # (B, n) in [0, 1]: the share of known pixels that are darker, and half of those that are equal
+) -> torch.Tensor:                   # (B, n) in [0, 1]: share of known pixels that are darker, and half of those equal
     "Replace grey values by their ranks."
     known = torch.ones_like(values, dtype=torch.bool) if known is None else known
     ordered = torch.where(known, values, torch.inf).sort(dim=1).values
@@ -69,7 +69,7 @@ class ToneCurve:
     integrals: np.ndarray  # (n,) not descending
 
     @classmethod
-    def identity(cls): return cls(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+    def identity(cls) -> "ToneCurve": return cls(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
 
     @classmethod
     def from_ranks(cls,
@@ -82,10 +82,11 @@ class ToneCurve:
         return cls(greys.astype(float), np.interp(ranks, LEVELS, knots))
 
     @cached_property
-    def way_back(self) -> tuple: # lowest line integral, steps per unit, and the greys at even steps up to half as much again
+    def way_back(self) -> tuple: # lowest line integral, steps per unit, greys at even steps up to half as much again
         "Tabulate the curve back, because every view of a sweep takes it."
         rising = np.maximum.accumulate(self.integrals + 1e-9*np.arange(len(self.integrals)))
-        low, high = rising[0], rising[-1] + 0.5*max(rising[-1] - rising[0], 1e-6)
+        low = rising[0]
+        high = rising[-1] + 0.5*max(rising[-1] - rising[0], 1e-6)
         table = _interpolate(np.linspace(low, high, STEPS_BACK + 1), rising, self.greys)
         return low, STEPS_BACK/(high - low), np.append(table, table[-1]).astype(np.float32)
 
@@ -112,8 +113,9 @@ def to_greys(self: ToneCurve,
 # %% ../nbs/02_tone.ipynb #878e8ce2
 def _interpolate(values, x, y):
     "Interpolate linearly, and beyond the ends go on as steeply as the last twentieth of the table."
-    inside, step = np.interp(values, x, y), max(1, len(x)//20)
+    inside = np.interp(values, x, y)
     if len(x) < 2: return inside
+    step = max(1, len(x)//20)
     below, above = ((y[i] - y[j])/max(x[i] - x[j], 1e-9) for i, j in ((step, 0), (-1, -1 - step)))
     return inside + below*np.minimum(values - x[0], 0) + above*np.maximum(values - x[-1], 0)
 
@@ -128,8 +130,9 @@ def through_curve(
     greys, order = greys.sort(dim=1)
     right = torch.searchsorted(greys, values, right=True).clamp(1, greys.shape[1] - 1)
     low, high = greys.gather(1, right - 1), greys.gather(1, right)
-    part = ((values - low)/(high - low)).nan_to_num(1).clamp(0, 1)   # 0/0 only where the brightest are equal, and so are their tones
-    return torch.lerp(*(tones.gather(1, order.gather(1, i)) for i in (right - 1, right)), part).view(images.shape)
+    part = ((values - low)/(high - low)).nan_to_num(1).clamp(0, 1)  # 0/0 where the brightest are equal, and their tones
+    below, above = (tones.gather(1, order.gather(1, i)) for i in (right - 1, right))
+    return torch.lerp(below, above, part).view(images.shape)
 
 # %% ../nbs/02_tone.ipynb #e9b29de0
 def kumaraswamy(
@@ -137,7 +140,7 @@ def kumaraswamy(
     a,                # > 0
     b,                # > 0
 ) -> torch.Tensor:    # in [0, 1], same shape
-    "Quantile function of Kumaraswamy's distribution."
+    "Evaluate the quantile function of Kumaraswamy's distribution."
     return (1 - (1 - u)**(1/b))**(1/a)
 
 # %% ../nbs/02_tone.ipynb #0f55575a
@@ -148,19 +151,20 @@ def match_histogram(
     "Give an image the histogram of another."
     if image.ndim != 2 or reference.ndim != 2:
         shapes = f"{image.shape} and {reference.shape}"
-        raise RadRotatorError(f"cannot match histograms of arrays of shape {shapes}. Give two grey images.", "NOT_AN_IMAGE")
+        sentence = f"cannot match histograms: the arrays have the shapes {shapes}. Give two grey images."
+        raise RadRotatorError(sentence, "NOT_AN_IMAGE")
     return match_histograms(image, reference).astype(np.float32)
 
 # %% ../nbs/02_tone.ipynb #0024ea08
 def to_signed(
     images: torch.Tensor,  # in [0, 1]
 ) -> torch.Tensor:         # in [-1, 1]
-    "From [0, 1] to the network's range."
+    "Bring images from [0, 1] to the network's range."
     return images*2 - 1
 
 # %% ../nbs/02_tone.ipynb #a32a2d8d
 def from_signed(
     images: torch.Tensor,  # in [-1, 1]
 ) -> torch.Tensor:         # in [0, 1]
-    "From the network's range to [0, 1]; what lies outside is cut."
+    "Bring images from the network's range to [0, 1]; what lies outside is cut."
     return ((images + 1)/2).clamp(0, 1)

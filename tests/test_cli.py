@@ -15,7 +15,7 @@ from test_bad_files import HEADERS, dicom
 from radrotator.app.console import COMMAND_GROUPS, list_examples
 from radrotator.app.demo import DEMO_TITLE
 from radrotator.cli import app, main
-from radrotator.core import PICTURES
+from radrotator.files import PICTURES
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
 from radrotator.evaluate.patients import FIRST_TEST_SEED

@@ -88,15 +88,15 @@ def test_loss_is_mediffusions_and_its_variance_output_learns(theirs, process):
 
 def test_variance_head_of_a_network_learns():
     from radrotator.train.config import TrainConfig
-    from radrotator.train.questions import joined, loss_of, questions
+    from radrotator.train.objective import compute_loss, join_batches, make_noisy_batches
     from radrotator.batch import Batch
     from radrotator.model.unet import UNet, UNetConfig
     torch.manual_seed(0)
     config = TrainConfig(UNetConfig(size=16, channels=8, multipliers=(1, 2), attention=(2,), heads=2, groups=4, conditions=3))
     network = UNet(config.unet)
     last = network.out[-1].weight
-    asked = joined(questions(Batch(*torch.rand(2, 8, 1, 16, 16), torch.zeros(8, 3)), config, "cpu", "test"))
-    loss_of(network, asked, config).backward()
+    asked = join_batches(make_noisy_batches(Batch(*torch.rand(2, 8, 1, 16, 16), torch.zeros(8, 3)), config, "cpu", "test"))
+    compute_loss(network, asked, config).backward()
     assert last.shape[0] == 2 and (last.grad.flatten(1).norm(dim=1) > 0).all()
 
 

@@ -96,7 +96,7 @@ def test_whatever_cannot_be_judged_is_refused(weights, tmp_path, capsys):
     (tmp_path/"empty").mkdir()
     (tmp_path/"text.npz").write_text("no surfaces")
     def case(*words): return refusal(capsys, tmp_path/"report", *words)
-    case("--weights", weights)                                             # nobody to judge on
+    case("--weights", weights)                                             # no patient to judge it on
     case("--weights", tmp_path/"none.safetensors", "--phantoms", 1)
     case("--weights", weights, "--cts", tmp_path/"empty")
     assert "text.npz" in case("--weights", weights, "--bones", tmp_path/"text.npz")

@@ -11,7 +11,9 @@ import pytest
 import SimpleITK as sitk
 
 from helpers import PATIENT, body, write_enhanced, write_nifti_file, write_series
-from radrotator.core import error_code, folder_lock, parallel_map
+from radrotator.core import error_code
+from radrotator.files import folder_lock
+from radrotator.processes import parallel_map
 import radrotator.ct.ingest as room
 from radrotator.ct.archive import Journal
 from radrotator.ct.coverage import bone_profile, judge_coverage

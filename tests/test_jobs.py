@@ -11,8 +11,8 @@ from radrotator.app.console import UsageError
 from radrotator.app.options import parse_settings, parse_shard
 from radrotator.cli import app
 from radrotator.core import RadRotatorError
-from radrotator.run import RunRequest, train_config
-from radrotator.train.machine import share_of
+from radrotator.train.run import RunRequest, train_config
+from radrotator.train.machine import assign_pairs
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
 SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode", "output", "array"}  # of its manual
@@ -75,7 +75,7 @@ def check(command):
     if name == "train":
         settings = parse_settings(given["settings"])
         config, _ = train_config(RunRequest(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings))
-        share_of(config.batch, 0, processes)
+        assign_pairs(config.batch, 0, processes)
 
 
 def test_the_page_has_jobs():

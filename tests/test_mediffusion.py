@@ -8,7 +8,7 @@ from torch import nn
 
 from radrotator.core import RadRotatorError, error_code
 from radrotator.model.diffusion import STEPS, add_noise, velocity, velocity_loss
-from radrotator.model.sample import ddim, guided, time_steps
+from radrotator.model.sample import ddim, guided_denoiser, time_steps
 from radrotator.model.unet import UNet, UNetConfig, count_parameters
 from radrotator.model.weights import load_weights, save_weights
 from radrotator.model.mediffusion import load_mediffusion, to_mediffusion
@@ -190,7 +190,7 @@ def test_it_is_finite_at_every_step(precision):
     assert v.dtype == o.dtype == torch.float32 and v.isfinite().all() and o.isfinite().all()
     for spacing in ("trailing", "leading"):
         x_t, _, input, vector = inputs(TOY, torch.arange(2))
-        assert ddim(guided(network, input, vector, 4.0), x_t, time_steps(7, spacing)).isfinite().all()
+        assert ddim(guided_denoiser(network, input, vector, 4.0), x_t, time_steps(7, spacing)).isfinite().all()
 
 
 def test_it_learns_a_shift():

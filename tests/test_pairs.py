@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from radrotator.core import RadRotatorError, error_code, sha256, shared_data
+from radrotator.core import RadRotatorError, error_code, shared_data
+from radrotator.files import sha256
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
 from radrotator.drr.render import Renderer

@@ -9,7 +9,8 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe, read_frames
 from PIL import Image
 
-from radrotator.core import RadRotatorError, RadRotatorWarning, folder_lock
+from radrotator.core import RadRotatorError, RadRotatorWarning
+from radrotator.files import folder_lock
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.radiograph.image import Radiograph
@@ -309,13 +310,13 @@ def test_other_settings_are_refused(name, begun):
     asked = dict(CHANGES[name])
     if "model" in asked: asked["model"] = model_of(asked["model"])
     before = content(begun.with_name(".turn.mp4.frames"))
-    with refused("OTHER_SETTINGS") as error: write(begun, resume=True, **asked)
+    with refused("OTHER_SETTING") as error: write(begun, resume=True, **asked)
     assert f"begun with another {name}." in str(error.value) and "\n" not in str(error.value)
     assert content(begun.with_name(".turn.mp4.frames")) == before
 
 
 def test_another_radiograph_is_refused(begun):
-    with refused("OTHER_SETTINGS") as error:
+    with refused("OTHER_SETTING") as error:
         model_of().write_sweep(picture().pixels**2, begun, "y", FRAMES, batch=4, resume=True)
     assert "begun with another radiograph." in str(error.value)
     manifest = begun.with_name(".turn.mp4.frames")/"manifest.json"
@@ -503,7 +504,7 @@ def test_a_drawn_sweep(kind, tmp_path):
 
 
 @pytest.mark.parametrize("text, code", [("", "DAMAGED_MANIFEST"), ("null", "DAMAGED_MANIFEST"), ('"frames"', "DAMAGED_MANIFEST"),
-                                        ("[]", "OTHER_SETTINGS"), ("{}", "OTHER_SETTINGS")])
+                                        ("[]", "OTHER_SETTING"), ("{}", "OTHER_SETTING")])
 def test_a_manifest_that_no_sweep_wrote(tmp_path, text, code):
     folder = tmp_path/".film.frames"
     folder.mkdir()

@@ -15,10 +15,10 @@ from radrotator.ct.volume import CT
 from radrotator.geometry import CArm
 from radrotator.pairs.protocol import draw_poses
 from radrotator.pairs.sets import write_set
-from radrotator.train.checkpoint import checkpoints, read_checkpoint
-from radrotator.train.config import GRAIN, PRESETS, with_settings
+from radrotator.train.checkpoint import list_checkpoints, read_checkpoint
+from radrotator.train.config import RNG_CHUNK, PRESETS, with_settings
 from radrotator.train.log import COLUMNS, read_log
-from radrotator.train.machine import share_of
+from radrotator.train.machine import assign_pairs
 from radrotator.model.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def child(words, out, env={}, at=None, after=None):
 if __name__ == "__main__":  # the processes are forked, since to import torch takes longer than all the rest
     import accelerate, torch._dynamo, radrotator.cli, radrotator.train.feeds, radrotator.train.log
     with contextlib.redirect_stdout(None): radrotator.cli.main(["train", "--help"])
-    radrotator.train.log.curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
+    radrotator.train.log.draw_curves([dict(step=0, loss=1)]).savefig(io.BytesIO(), format="png")
     gc.freeze()             # or every process would copy all this as it looks for garbage
     for line in sys.stdin:
         asked = json.loads(line)
@@ -162,7 +162,7 @@ def plain(server, untold, tmp_path_factory):
 
 def tensors(run):
     "Those of the newest checkpoint"
-    return {f"{path.stem}.{key}": tensor for path in checkpoints(run)[-1].glob("*.safetensors") for key, tensor in load_file(path).items()}
+    return {f"{path.stem}.{key}": tensor for path in list_checkpoints(run)[-1].glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
 def same(a, b):
@@ -170,7 +170,7 @@ def same(a, b):
     one, two = tensors(a), tensors(b)
     best = [load_weights(run/"weights.safetensors")[0].state_dict() for run in (a, b)]
     assert {key.split(".")[0] for key in one} == {"network", "ema", "optimizer"}
-    return checkpoints(a)[-1].name == checkpoints(b)[-1].name and one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one) and all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+    return list_checkpoints(a)[-1].name == list_checkpoints(b)[-1].name and one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one) and all(torch.equal(best[0][key], best[1][key]) for key in best[0])
 
 
 def close(a, b):
@@ -219,11 +219,11 @@ def test_killed_anywhere_it_ends_in_the_same_weights(server, sets, whole, tmp_pa
     for way in ways:
         codes.append(server(*command(sets, run, "--steps", 20, "--resume"), **way)[0])
         assert codes[-1] in (0, -signal.SIGKILL)
-        for path in checkpoints(run): assert read_checkpoint(path)[1]["step"] == int(path.name[11:])   # what has its name is whole
+        for path in list_checkpoints(run): assert read_checkpoint(path)[1]["step"] == int(path.name[11:])   # what has its name is whole
     code, _, err = server(*command(sets, run, "--steps", 20, "--resume"))
     assert (code, err) == (0, "") and codes.count(-signal.SIGKILL) >= 8
     assert same(run, whole) and figures(run) == figures(whole)
-    assert [row["step"] for row in read_log(run)] == [5, 10, 15, 20] and 3 <= len(checkpoints(run)) <= 4
+    assert [row["step"] for row in read_log(run)] == [5, 10, 15, 20] and 3 <= len(list_checkpoints(run)) <= 4
     assert not hidden(run) and {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -231,7 +231,7 @@ def test_told_to_stop_it_saves_this_very_step(server, untold, plain, tmp_path):
     run = tmp_path/"run"
     code, out, err = server(*command(untold, run, "--steps", 20), at=(str(run), "open /log", 1, "signal", "SIGTERM"))   # as the row of step 5 is written, so that it ends with the next step
     assert (code, err) == (0, "") and "6 of 20 steps" in out and "asked to stop" in out
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-00000005", "checkpoint-00000006"] and not hidden(run)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-00000005", "checkpoint-00000006"] and not hidden(run)
     assert server(*command(untold, run, "--steps", 20, "--resume"))[::2] == (0, "")
     assert same(run, plain) and [row["step"] for row in read_log(run)] == [5, 6, 10, 15, 20]
 
@@ -245,7 +245,7 @@ def test_told_to_stop_with_its_readers_while_they_start(number, untold, tmp_path
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "it was asked to stop" in out, err
-    assert checkpoints(run)
+    assert list_checkpoints(run)
 
 
 def test_one_process_works_in_a_folder(server, untold, tmp_path):
@@ -258,7 +258,7 @@ def test_one_process_works_in_a_folder(server, untold, tmp_path):
     code, out, err = server.end(*first)
     assert (code, err) == (0, "")
     step = int(re.search(r"(\d+) of 1000000 steps", out)[1])
-    assert read_checkpoint(checkpoints(run)[-1])[1]["step"] == step == read_log(run)[-1]["step"]
+    assert read_checkpoint(list_checkpoints(run)[-1])[1]["step"] == step == read_log(run)[-1]["step"]
 
 
 def test_half_precision_is_resumed_to_the_bit(server, untold, tmp_path):
@@ -277,7 +277,7 @@ def test_pairs_rendered_while_training_are_resumed_to_the_bit(server, tmp_path):
     words = [("train", "--cts", cts, "--preset", "paper-tiny", "-o", run, "--device", "cpu", "--workers", 0, *settings(**{"data.fov": "160,160", "held": 2, "refresh": 3}), "--steps", 10, "--resume") for run in runs]
     assert server(*words[1], at=(str(runs[1]), "os.rename /.checkpoint", 2, *KILL))[0] == -signal.SIGKILL
     for each in words: assert server(*each)[::2] == (0, "")
-    assert same(*runs) and figures(runs[0]) == figures(runs[1]) and read_checkpoint(checkpoints(runs[1])[-1])[1]["step"] == 10
+    assert same(*runs) and figures(runs[0]) == figures(runs[1]) and read_checkpoint(list_checkpoints(runs[1])[-1])[1]["step"] == 10
 
 
 def test_cts_without_a_table_of_folds_stay_untouched_and_a_later_one_is_named(server, tmp_path):
@@ -299,8 +299,8 @@ def test_a_run_ends_when_the_average_gets_no_better(server, sets, tmp_path):
     examined = [row["validation"] for row in read_log(run)]
     waited = [step - int(np.argmin(examined[:step + 1])) for step in range(len(examined))]
     assert waited[-1] == 2 and max(waited[:-1]) < 2 and load_weights(run/"weights.safetensors")[1]["steps"] == len(examined) - 2
-    before = [path.name for path in checkpoints(run)]
-    assert "no longer improves" in server(*words)[1] and [path.name for path in checkpoints(run)] == before   # and does not begin again
+    before = [path.name for path in list_checkpoints(run)]
+    assert "no longer improves" in server(*words)[1] and [path.name for path in list_checkpoints(run)] == before   # and does not begin again
 
 
 # How it is computed -------------------------------------------------------
@@ -317,7 +317,7 @@ def test_a_process_that_reads_is_killed_and_the_number_of_them_changes_nothing(s
     for seconds in (20, 0):  # while a row is written; whenever it may be
         code, _, err = server(*command(untold, run, "--steps", 20, "--resume", workers=1, every=2), at=(str(run), "open /log", 2, "worker", seconds))
         assert code == 2; sentence(err, "a process that reads pairs was killed.*--resume")
-        assert checkpoints(run) and not hidden(run)
+        assert list_checkpoints(run) and not hidden(run)
     assert server(*command(untold, run, "--steps", 20, "--resume", workers=2))[::2] == (0, "")
     assert same(run, plain)
 
@@ -358,26 +358,26 @@ def test_two_processes_stop_together_where_one_is_told_to(server, untold, tmp_pa
     until(lambda: rows(run) > 1)
     os.kill(both[1][0], signal.SIGTERM)
     for each in both: assert server.end(*each)[::2] == (0, "")
-    step = read_checkpoint(checkpoints(run)[-1])[1]["step"]
+    step = read_checkpoint(list_checkpoints(run)[-1])[1]["step"]
     assert step == read_log(run)[-1]["step"] and not hidden(run)
     assert server(*command(untold, run, "--steps", step + 1, "--resume"))[::2] == (0, "") and rows(run) == len({row["step"] for row in read_log(run)})
 
 
 def test_two_processes_that_see_different_folders_do_not_begin(server, untold, plain, tmp_path):
     far = shutil.copytree(plain, tmp_path/"far")
-    shutil.rmtree(checkpoints(far)[-1])
+    shutil.rmtree(list_checkpoints(far)[-1])
     common = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     for each in [server.start(*command(untold, run, "--steps", 40, "--resume", every=1), env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank, run in enumerate((plain, far))]:
         code, _, err = server.end(*each)
-        assert code == 2 and re.search("different checkpoints in .* one folder", err), err
+        assert code == 2 and re.search("different checkpoints there .* one folder", err), err
 
 
 def test_a_batch_that_cannot_be_shared(server, untold, tmp_path):
     for each in two(server, *command(untold, tmp_path/"run", batch=8)):
         code, _, err = server.end(*each)
-        assert code == 2; sentence(err, "a batch of 8 pairs is not to be shared by 2 processes.*multiple of 16")
+        assert code == 2; sentence(err, "share a batch of 8 pairs among 2 processes.*multiple of 16")
     assert not (tmp_path/"run").exists()
-    for batch, processes in ((GRAIN, 1), (3, 1), (48, 3), (64, 4)): assert [i for process in range(processes) for i in share_of(batch, process, processes)] == list(range(batch))
+    for batch, processes in ((RNG_CHUNK, 1), (3, 1), (48, 3), (64, 4)): assert [i for process in range(processes) for i in assign_pairs(batch, process, processes)] == list(range(batch))
 
 
 # What lifts ---------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_what_cannot_be_lifted_is_one_sentence(server, bodies, sets, lifted, tmp
     run = tmp_path/"run"
     cases = [(lifting(bodies, run, rate=1e30, warmup=0, every=1), r"the loss became (nan|inf) at step 2; the last checkpoint .* intact"),
              (lifting(bodies, tmp_path/"a", **{"lift.canvas": 50}), "lift.* canvas = 50; give 32, or more by a multiple of 8"),
-             (lifting(bodies, tmp_path/"b", **{"lifting.view": -1}), "view = -1.0; give 0 or more"),
+             (lifting(bodies, tmp_path/"b", **{"lifting.view": -1}), "view = -1.0: .* Give 0 or more"),
              (lifting(bodies, tmp_path/"c", **{"unet.size": 32}), "cannot set unet.size: .* lifts"),
              (("train", "--data", sets, "--preset", "tiny", "-o", tmp_path/"d", "--device", "cpu"), "cannot learn depth from DRR sets"),
              (("train", "--cts", bodies, "-o", shutil.copytree(lifted, tmp_path/"e"), "--resume", "--device", "cpu", "--set", "lift.slabs=12"), "started with lift.slabs = 8, not 12")]
@@ -476,7 +476,7 @@ def test_what_cannot_be_lifted_is_one_sentence(server, bodies, sets, lifted, tmp
     for process, why in begun:
         code, _, err = server.end(*process)
         assert code == 2; sentence(err, why)
-    assert read_checkpoint(checkpoints(run)[-1])[1]["step"] == 1 and all(tensor.isfinite().all() for tensor in tensors(run).values())
+    assert read_checkpoint(list_checkpoints(run)[-1])[1]["step"] == 1 and all(tensor.isfinite().all() for tensor in tensors(run).values())
 
 
 # What goes wrong ----------------------------------------------------------
@@ -486,7 +486,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(where, server, unto
     run = tmp_path/"run"
     code, _, err = server(*command(untold, run, "--steps", 20), at=(str(run), where, 3, "full", 20_000))
     assert code == 2; sentence(err, "cannot write .*(too large|no space|disk).*")
-    assert not hidden(run) and [read_checkpoint(path)[1]["step"] for path in checkpoints(run)] == [5]
+    assert not hidden(run) and [read_checkpoint(path)[1]["step"] for path in list_checkpoints(run)] == [5]
     assert server(*command(untold, run, "--steps", 20, "--resume"))[::2] == (0, "")
     assert same(run, plain)
 
@@ -496,7 +496,7 @@ def test_a_loss_that_is_no_number(server, untold, tmp_path):
     code, _, err = server(*command(untold, run, "--steps", 20, every=1, rate=1e30, warmup=0))
     assert code == 2; sentence(err, r"the loss became (nan|inf) at step \d+; the last checkpoint .* intact")
     step = int(re.search(r"step (\d+)", err)[1])
-    assert 1 < step <= 20 and not hidden(run) and read_checkpoint(checkpoints(run)[-1])[1]["step"] == step - 1
+    assert 1 < step <= 20 and not hidden(run) and read_checkpoint(list_checkpoints(run)[-1])[1]["step"] == step - 1
     assert all(tensor.isfinite().all() for tensor in tensors(run).values())
 
 
@@ -536,7 +536,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(server, untold, plain,
     begun = []
     for name, spoil in BROKEN.items():
         run = shutil.copytree(plain, tmp_path/name)
-        spoil(checkpoints(run)[-1])
+        spoil(list_checkpoints(run)[-1])
         begun.append((run, server.start(*command(untold, run, "--steps", 20, "--resume", every=1))))
     for run, process in begun:
         code, _, err = server.end(*process)
@@ -546,7 +546,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(server, untold, plain,
 
 def test_where_all_are_broken_it_says_so_and_begins_nothing(server, untold, plain, tmp_path):
     run = shutil.copytree(plain, tmp_path/"run")
-    for path in checkpoints(run): BROKEN["cut"](path)
+    for path in list_checkpoints(run): BROKEN["cut"](path)
     for _ in range(2):   # a scheduler asks again
         code, _, err = server(*command(untold, run, "--steps", 20, "--resume", every=1))
         assert code == 2; sentence(err, "none of the 3 checkpoints")

@@ -10,7 +10,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from ..core import PICTURES, RadRotatorError, RadRotatorWarning, check_output, check_parent, markdown_table
+from ..core import RadRotatorError, RadRotatorWarning, markdown_table
+from ..files import PICTURES, check_output, check_parent
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/02_checks.ipynb #204749cd
@@ -25,7 +26,7 @@ def check_result(
     if path.name.lower().endswith(kinds): return check_output(path)
     if len(kinds) == 1: raise RadRotatorError(f"cannot write {path}: end the name in {kinds[0]}.", "KIND")
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-    raise RadRotatorError(f"cannot write {path}: its name says no known kind of file. End it in {known}.", "KIND")
+    raise RadRotatorError(f"cannot write {path}: its ending is not a known kind of file. End it in {known}.", "KIND")
 
 # %% ../../nbs/50_app/02_checks.ipynb #9c774302
 def check_folder(

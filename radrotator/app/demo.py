@@ -18,7 +18,8 @@ from .checks import load_model, warn_of_novelty
 from .console import Result, command
 from .options import Device, Seed, Weights
 from .volumes import fit_view
-from ..core import RadRotatorError, atomic_folder, check_parent, markdown_table
+from ..core import RadRotatorError, markdown_table
+from ..files import atomic_folder, check_parent
 from ..progress import terminal_bar, terminal_progress
 
 # %% ../../nbs/50_app/06_demo.ipynb #2232d75d

@@ -18,7 +18,8 @@ import typer
 import radrotator
 from .checks import load_model
 from .console import Result, command, format_error
-from ..core import RadRotatorError, sha256
+from ..core import RadRotatorError
+from ..files import sha256
 from ..origin import count_cores, git_commit
 from ..progress import terminal_bar
 

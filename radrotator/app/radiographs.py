@@ -19,7 +19,7 @@ from .checks import check_result, load_model, warn_of_novelty
 from .console import Result, Stopped, command
 from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Input, Invert, Linear, Mark
 from .options import Out, Seed, Solver, Steps, Weights
-from ..core import check_input, check_output
+from ..files import check_input, check_output
 from ..progress import terminal_bar, terminal_progress
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #2d42defa
@@ -68,7 +68,7 @@ def rotate_command(
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
 ) -> Result:
-    "Turn the patient in a radiograph. The result has the frame of the input; its name says what kind of file it is."
+    "Turn the patient in a radiograph. The result has the frame of the input; its ending (.png, .dcm) sets the format."
     check_result(out)
     check_angles(x, y, z)
     check_input(radiograph)

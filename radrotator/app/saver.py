@@ -60,7 +60,7 @@ def save_view(
     "Write one view as a file, in full size."
     options = viewer.options(request, math.inf)
     text = viewer.model.describe_view(f"by Rz·Ry·Rx: {request.words}", **options)
-    view = viewer.turn(request, math.inf, watch)
+    view = viewer.make_view(request, math.inf, watch)
     return view.write(folder/f"{request.name}{suffix}", text)
 
 # %% ../../nbs/50_app/13_saver.ipynb #bceab6f0
@@ -129,7 +129,7 @@ class Saver(W.VBox):
         failed: Callable, # called with an exception
     ):
         self.failed = failed
-        self.worker = LatestJobWorker(lambda job, superseded: self.work(*job, superseded), failed)
+        self.worker = LatestJobWorker(lambda job, is_superseded: self.work(*job, is_superseded), failed)
         def button(words, tip, job): return make_button(words, tip, lambda: self.worker.ask((job, *now())))
         self.makers = [
             button("PNG", "make a PNG of the view in full size", self.view_job(".png")),
@@ -148,11 +148,12 @@ class Saver(W.VBox):
 @patch
 def sweep_controls(self: Saver) -> list: # widgets
     "Make the controls that say what sweep is wanted."
-    def sized(width, words): return dict(layout=W.Layout(width=width), style=dict(description_width=words))
-    self.axis = W.Dropdown(options=AXES, value="z", description="about", **sized("7em", "3em"))
+    def style_field(width, words): return dict(layout=W.Layout(width=width), style=dict(description_width=words))
+    self.axis = W.Dropdown(options=AXES, value="z", description="about", **style_field("7em", "3em"))
     kinds = {"MP4": ".mp4", "GIF": ".gif", "frames": ""}
-    self.kind = W.Dropdown(options=kinds, description="as", **sized("8em", "1.6em"))
-    self.frames = W.BoundedIntText(FRAMES[".mp4"], min=2, max=3000, description="frames", **sized("10em", "4.4em"))
+    self.kind = W.Dropdown(options=kinds, description="as", **style_field("8em", "1.6em"))
+    style = style_field("10em", "4.4em")
+    self.frames = W.BoundedIntText(FRAMES[".mp4"], min=2, max=3000, description="frames", **style)
     self.kind.observe(lambda change: setattr(self.frames, "value", FRAMES[change["new"]]), "value")
     self.labelled = W.Checkbox(description="angle in the picture", indent=False, layout=W.Layout(width="auto"))
     return [self.axis, self.kind, self.frames, self.labelled]
@@ -183,13 +184,13 @@ def sweep_job(self: Saver, viewer, request, folder, progress):
 def work(self: Saver,
     make: Callable,       # the job
     viewer: Viewer, request: Request, # of what
-    superseded: Callable, # whether to stop
+    is_superseded: Callable, # whether to stop
 ):
     "Make a file and link to it."
     def progress(rows, total):
         self.bar.max = total
         for done, row in enumerate(rows):
-            if superseded(): raise Cancelled
+            if is_superseded(): raise Cancelled
             self.bar.value = done
             yield row
     self.link.value = ""

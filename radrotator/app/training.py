@@ -18,10 +18,11 @@ from .checks import check_result, load_model
 from .console import Result, command, format_command_line
 from .options import Bones, Device, Guidance, Out, Seed, Steps, Weights, check_finite, complete_from
 from .options import parse_settings
-from ..core import RadRotatorError, atomic_file, atomic_folder, check_output, markdown_table, sha256
+from ..core import RadRotatorError, markdown_table
+from ..files import atomic_file, atomic_folder, check_output, sha256
 from ..origin import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
-from ..run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
+from ..train.run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
 
 # %% ../../nbs/50_app/05_training.ipynb #b9122161
 RunFolder = Annotated[Path, typer.Option("-o", "--out", help="folder of the run", show_default=False)]
@@ -131,8 +132,8 @@ def report_command(
     "Draw a training run as one HTML file."
     if out is not None: check_result(out, (".html",))
     with terminal_bar("drawing"):
-        from radrotator.train.feeds import report
-        text = report(folder)
+        from radrotator.train.log import render_report
+        text = render_report(folder)
     out = out or folder/"report.html"
     with atomic_file(out) as temporary: temporary.write_text(text, encoding="utf-8")
     return Result(f"wrote {out}", dict(run=folder, out=out))
@@ -168,7 +169,7 @@ def describe_judgement(
 def judgement_result(
     out: Path,     # folder of the report
     about: dict,   # as from `describe_judgement`
-    known: dict,   # as from `write_report`
+    known: dict,   # as from `write_judge_report`
 ) -> Result:
     "Make the command's result of a report."
     texts = []
@@ -216,14 +217,14 @@ def evaluate_command(
     asked = parse_settings(settings) or {}
     from radrotator.evaluate.judge import judge
     from radrotator.evaluate.protocol import Protocol
-    from radrotator.evaluate.report import write_report
-    from radrotator.rotate.rotator import pick_device
+    from radrotator.evaluate.report import write_judge_report
+    from radrotator.device import pick_device
     from radrotator.train.config import with_settings
-    from radrotator.train.machine import join
+    from radrotator.train.machine import make_accelerator
     began = time.perf_counter()
     protocol = with_settings(Protocol(seed=seed), asked)
     device = pick_device(device)
-    accelerator = join(device)
+    accelerator = make_accelerator(device)
     place = local_device(device)
     model, name = load_model(weights, place)
     sampling = dict(steps=steps, guidance=guidance)
@@ -234,7 +235,7 @@ def evaluate_command(
     about = describe_judgement(model, protocol, format_command_line(context, quiet=("cts", "out")), weights=name,
                                left_out=left_out, sampling=model.sampling_options(**sampling), device=place,
                                seconds=round(time.perf_counter() - began), processes=accelerator.num_processes)
-    with atomic_folder(out) as folder: known = write_report(folder, found, about)
+    with atomic_folder(out) as folder: known = write_judge_report(folder, found, about)
     return judgement_result(out, about, known)
 
 # %% ../../nbs/50_app/05_training.ipynb #5f38dd11

@@ -177,7 +177,7 @@ def options(self: Viewer,
 
 # %% ../../nbs/50_app/11_viewer.ipynb #e01e4305
 @patch
-def turn(self: Viewer,
+def make_view(self: Viewer,
     request: Request,
     side: int,     # pixels, at most; infinity: all that there are; PREVIEW: in one step
     watch=None,    # called with (steps done, x0 of now)
@@ -198,7 +198,7 @@ def view(self: Viewer,
         if self.cancelled(): raise Cancelled
     def make():
         began = time.perf_counter()
-        view = self.turn(request, side, watch)
+        view = self.make_view(request, side, watch)
         if side == SHOWN and request.turns: self.seconds[self.way(request)] = time.perf_counter() - began
         return view
     return self.views((request, side), make)

@@ -17,7 +17,8 @@ from ..angles import check_angles
 from .checks import VOLUMES, check_bones, check_folder, check_result, count_reasons, refusal_table
 from .console import Result, command
 from .options import X, Y, Z, Bones, Centre, Device, Mark, Out, Seed, Workers, check_finite, parse_shard
-from ..core import RadRotatorError, check_output
+from ..core import RadRotatorError
+from ..files import check_output
 from ..origin import count_cores
 from ..progress import terminal_bar, terminal_progress
 
@@ -181,7 +182,7 @@ def pairs_command(
     check_folder(out)
     from radrotator.pairs.jobs import ct_sets
     from radrotator.pairs.plan import SetPlan
-    from radrotator.rotate.rotator import pick_device
+    from radrotator.device import pick_device
     device = pick_device(device)
     engine = "siddon" if device == "cpu" else "nanodrr"
     canvas = slabs and size + size//4*2

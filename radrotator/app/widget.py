@@ -231,15 +231,15 @@ REST = 0.25  # seconds without a change after which the full view is made
 @patch
 def draw(self: RotationExplorer,
     asked: tuple,         # (request, mode)
-    superseded: Callable, # from `LatestJobWorker`
+    is_superseded: Callable, # from `LatestJobWorker`
 ):
     "Show what is asked for."
     request, mode = asked
     self.viewer.cancelled = lambda: False
     if mode == "uncertainty" or not self.viewer.is_quick(request):
         self.show(request, mode, PREVIEW)
-        if superseded(REST): return
-        self.viewer.cancelled = superseded
+        if is_superseded(REST): return
+        self.viewer.cancelled = is_superseded
     self.show(request, mode, SHOWN)
 
 # %% ../../nbs/50_app/14_widget.ipynb #f587303b

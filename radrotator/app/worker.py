@@ -19,7 +19,7 @@ class Cancelled(Exception):
 class LatestJobWorker:
     "A worker that always does what was asked last."
     def __init__(self,
-        work: Callable,   # called with (job, superseded); `superseded(seconds)` waits so long at most for a newer job
+        work: Callable,   # called with (job, is_superseded); the latter waits some seconds at most for a newer job
         failed: Callable, # called with the exception that `work` raised
     ):
         self.work = work
@@ -64,10 +64,10 @@ def take_job(self: LatestJobWorker): # None: the thread is at its end
 @patch
 def run(self: LatestJobWorker):
     "Work until nothing waits."
-    def superseded(seconds=0.0): return self.newer.wait(seconds)
+    def is_superseded(seconds=0.0): return self.newer.wait(seconds)
     try:
         while (job := self.take_job()) is not None:
-            try: self.work(job, superseded)
+            try: self.work(job, is_superseded)
             except Cancelled: pass
             except Exception as error:
                 if not self.ended: self.failed(error)

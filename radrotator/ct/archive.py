@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core import RadRotatorError, parallel_map
+from ..core import RadRotatorError
+from ..processes import parallel_map
 from .nifti import nifti_header, nifti_shape, open_maybe_gzip, stem_of
 from .series import DICOM_NAMES, MAX_SERIES_BYTES
 from .volume import Refusal

@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from ..core import RadRotatorError, folder_lock, parallel_map, remove_leftovers
+from ..core import RadRotatorError
+from ..files import folder_lock, remove_leftovers
+from ..processes import parallel_map
 from .archive import Journal, Series, folder_salt, hash_of, scan_archive
 from .curate import IngestConfig, curate_series, failed_row
 from .report import acquisition_columns, read_report, write_report

@@ -13,7 +13,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from .volume import CT, MAX_VOXELS, check_affine, clean_hu, refusal_of
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #15790d0e

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import RadRotatorError, parallel_map, read_csv, write_csv
+from ..core import RadRotatorError
+from ..files import read_csv, write_csv
+from ..processes import parallel_map
 from .archive import Series
 from .series import MAX_SERIES_BYTES
 from ..dicom import read_dicom

@@ -150,14 +150,14 @@ def resample(
     sigma = np.sqrt(np.maximum(step**2 - 1, 0))/2.355
     x_fastest = abs(self.hu.strides[0]) < abs(self.hu.strides[2])
     order = slice(None, None, -1 if x_fastest else 1)  # work as the voxels lie in memory, which is twice as fast
-    def turned(values): return values.T if x_fastest else values
-    def sampled(values, degree):
+    def reorder(values): return values.T if x_fastest else values
+    def interpolate(values, degree):
         grid = step[order], start[order], tuple(shape[order])
-        return turned(ndimage.affine_transform(turned(values), *grid, order=degree, mode="nearest"))
+        return reorder(ndimage.affine_transform(reorder(values), *grid, order=degree, mode="nearest"))
     hu = self.hu
-    if sigma.any(): hu = turned(ndimage.gaussian_filter(turned(hu), sigma[order], mode="nearest"))
-    labels = None if self.labels is None else sampled(self.labels, 0)
-    return replace(self, hu=sampled(hu, 1), affine=affine, labels=labels)
+    if sigma.any(): hu = reorder(ndimage.gaussian_filter(reorder(hu), sigma[order], mode="nearest"))
+    labels = None if self.labels is None else interpolate(self.labels, 0)
+    return replace(self, hu=interpolate(hu, 1), affine=affine, labels=labels)
 
 # %% ../../nbs/10_ct/00_volume.ipynb #ddebd0ea
 @patch

@@ -74,7 +74,7 @@ def oracle_views(
     renderer = Renderer(ct)
     answers = [*views]
     planes, depths = slab_planes(carm, slabs), slab_depths(carm, slabs)
-    canvas = carm.widened(carm.size*3//2)
+    canvas = carm.with_size(carm.size*3//2)
     for group in group_by_input(views):
         first = views[group[0]]
         truth = renderer.slabs(np.array([first.start]), canvas, planes, 2, np.array([first.offset]))

@@ -163,7 +163,7 @@ def judge(
         results = gather_object(results)
     by_key = {(result.group, result.name): result for result in results}
     if not by_key:
-        raise RadRotatorError("cannot judge the model: nobody could be judged. Read what was said of each patient.",
+        raise RadRotatorError("cannot judge the model: no patient could be used. Read the message about each.",
                               "NOBODY_JUDGED")
     keys = [(patient.group, patient.name) for patient in patients]
     return [by_key[key] for key in keys if key in by_key], [", ".join(key) for key in keys if key not in by_key]

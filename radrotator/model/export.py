@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core import RadRotatorError, atomic_file
 from .heads import lift_picture
-from .lift import Lift, Shares, extended, low_pass
+from .lift import Lift, Shares, extend_picture, low_pass
 
 # %% ../../nbs/20_model/07_export.ipynb #c1ab588f
 class TellTones(nn.Module):
@@ -42,7 +42,7 @@ class TellShares(nn.Module):
         config = self.network.config
         shares = Shares(*self.network.share(picture, known), None)
         lifted = lift_picture(shares, picture, known, picture, config.split, config.fov)
-        blurred = low_pass(extended(picture, known, config.canvas)[0], config.split)
+        blurred = low_pass(extend_picture(picture, known, config.canvas)[0], config.split)
         return lifted.soft, lifted.shares, blurred, lifted.depths.float(), lifted.detail_depth
 
 # %% ../../nbs/20_model/07_export.ipynb #630119ae

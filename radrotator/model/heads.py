@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch.nn import functional as F
 
 from ..geometry import CArm, image_grid, look_up, meet_plane, obliquity, rotation, slab_depths, turn_slabs
-from .lift import crop_middle, Shares, extended, low_pass
+from .lift import crop_middle, Shares, extend_picture, low_pass
 
 # %% ../../nbs/20_model/04_heads.ipynb #75243ff9
 RIM = 8  # pixels of the coarse view around the picture, so that enlarging it needs no invention at the border
@@ -67,8 +67,9 @@ def lift_picture(
     fov: float,            # mm across the square
 ) -> Lifted:
     "Share a radiograph out over depth."
-    C, S = shares.rim.shape[-1], small.shape[-1]
-    wide, there = extended(small, known, C)
+    C = shares.rim.shape[-1]
+    S = small.shape[-1]
+    wide, there = extend_picture(small, known, C)
     blurred = low_pass(wide, split)
     off = (C - S)//2
     soft = torch.where(there > 0, F.pad(shares.tissue, (off,)*4), shares.rim*shares.gate)*blurred
@@ -83,12 +84,14 @@ def detail_field(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (1, S, S, 2) from each pixel of the view to its detail; (1, 1, S, S) gain
     "Find where the detail of every pixel comes from."
     grid = image_grid(lifted.carm.size)[None]
-    depth, where = lifted.detail_depth[None, None], grid
+    depth = lifted.detail_depth[None, None]
+    where = grid
     for _ in range(rounds):
         here = sample(depth, where, mode="bilinear")[:, 0].double()
         where = meet_plane(turn, here, lifted.carm).float()
     h = lifted.fov/2/lifted.carm.sod
-    return where - grid, (obliquity(turn, lifted.carm).float()/(1 + h**2*where.square().sum(-1)).sqrt())[:, None]
+    gain = obliquity(turn, lifted.carm).float()/(1 + h**2*where.square().sum(-1)).sqrt()
+    return where - grid, gain[:, None]
 
 # %% ../../nbs/20_model/04_heads.ipynb #a0099d20
 def _enlarge(field, gain, grid):
@@ -106,7 +109,7 @@ def turn_lifted(
     "Turn a radiograph."
     turn = torch.from_numpy(rotation(np.asarray(vector, float)))[None]
     S = lifted.carm.size
-    wide = lifted.carm.widened(S + 2*RIM)
+    wide = lifted.carm.with_size(S + 2*RIM)
     coarse = turn_slabs(lifted.soft, turn, lifted.depths, wide)[:, None]
     view = sample(coarse, lifted.grid, wide.size/S)
     if detail > 0:
@@ -114,17 +117,19 @@ def turn_lifted(
         field, gain = _enlarge(field, gain, lifted.grid)
         side = max(lifted.fine.shape[-2:])
         scale = torch.tensor([n/side for n in lifted.fine.shape[:-3:-1]])
-        view = view + detail*gain*sample(lifted.fine, (lifted.grid + field.permute(0, 2, 3, 1))/scale, beyond="zeros")
+        place = lifted.grid + field.permute(0, 2, 3, 1)
+        view = view + detail*gain*sample(lifted.fine, place/scale, beyond="zeros")
     if detail < 1: view = view + (1 - detail)*_mean_detail(lifted, turn)
     return view[0, 0]
 
 # %% ../../nbs/20_model/04_heads.ipynb #3e9aa15d
 def _mean_detail(lifted, turn):
-    "Fine detail at all depths where it may lie, one slab after the other: (1, 1, H, W)."
+    "Add up fine detail at all depths where it may lie, one slab after the other: (1, 1, H, W)."
     where, gain = look_up(turn, lifted.depths, lifted.carm)
-    side, total = max(lifted.fine.shape[-2:]), 0.0
+    side = max(lifted.fine.shape[-2:])
     scale = torch.tensor([n/side for n in lifted.fine.shape[:-3:-1]])
     moved = where - image_grid(lifted.carm.size)  # displacements can be enlarged up to the border, places cannot
+    total = 0.0
     for k in range(where.shape[1]):
         field, factor = _enlarge(moved[:, k], gain[:, k:k + 1], lifted.grid)
         place = lifted.grid + field.permute(0, 2, 3, 1)

@@ -26,7 +26,7 @@ _HUSKS = {"typing.Any", "collections.defaultdict", *(f"builtins.{kind}" for kind
 
 # %% ../../nbs/20_model/06_mediffusion.ipynb #f9455c55
 def _read_checkpoint(path):
-    "What a checkpoint holds: tensors, plain data, and husks of OmegaConf's objects."
+    "Read what a checkpoint holds: tensors, plain data, and husks of OmegaConf's objects."
     not_one = RadRotatorError(f"cannot read {path}: it is not a readable PyTorch checkpoint. It may be damaged; "
                               "give another one.", "NOT_A_CHECKPOINT")
     try:
@@ -48,7 +48,7 @@ def _read_checkpoint(path):
 
 # %% ../../nbs/20_model/06_mediffusion.ipynb #6ac5da20
 def _plain(node):
-    "Settings as plain data, out of the husks of OmegaConf's nodes."
+    "Take settings as plain data out of the husks of OmegaConf's nodes."
     node = getattr(node, "_content", getattr(node, "_val", node))
     if isinstance(node, dict): return {key: _plain(value) for key, value in node.items()}
     return [_plain(value) for value in node] if isinstance(node, list) else node
@@ -73,10 +73,14 @@ def _check_settings(path, settings):
 def _read_shapes(
     tensors: dict,  # by the network's names
 ) -> dict:          # fields of `UNetConfig`
-    "What the shapes of the tensors say of the network."
-    channels, levels, attention = tensors["time_embed.0.weight"].shape[1], [[]], set()
+    "Read the network's configuration from the shapes of its tensors."
+    channels = tensors["time_embed.0.weight"].shape[1]
+    levels = [[]]
+    attention = set()
     for i in itertools.count(1):
-        if f"input_blocks.{i}.0.op.weight" in tensors: levels.append([]); continue
+        if f"input_blocks.{i}.0.op.weight" in tensors:
+            levels.append([])
+            continue
         convolution = tensors.get(f"input_blocks.{i}.0.in_layers.2.weight")
         if convolution is None: break
         levels[-1].append(len(convolution)//channels)
@@ -90,9 +94,10 @@ def _build_with(path, tensors, config):
     "Build a network with these tensors, or refuse the first that does not fit."
     network = UNet(config)
     expected = network.state_dict()
-    shape = lambda tensor: "×".join(map(str, tensor.shape)) if torch.is_tensor(tensor) else "missing"
+    def shape(tensor): return "×".join(map(str, tensor.shape)) if torch.is_tensor(tensor) else "missing"
     for name in {**expected, **tensors}:
-        ours, theirs = shape(expected.get(name)), shape(tensors.get(name))
+        ours = shape(expected.get(name))
+        theirs = shape(tensors.get(name))
         if ours == theirs: continue
         raise RadRotatorError(f"cannot use {path}: the tensor {name} is {theirs} there and {ours} here. "
                               "Give weights of this network.", "OTHER_NETWORK")

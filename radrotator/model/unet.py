@@ -9,7 +9,6 @@ __all__ = ['UNetConfig', 'step_embedding', 'SiLU', 'ResidualBlock', 'AttentionBl
 # %% ../../nbs/20_model/02_unet.ipynb #8903a20c
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -48,20 +47,20 @@ def step_embedding(
     t: torch.Tensor,  # (B,) steps
     channels: int,    # even
 ) -> torch.Tensor:    # (B, channels) float32
-    "Sinusoidal embedding of a step."
+    "Embed a step by sinusoids."
     frequencies = torch.exp(-math.log(10_000)*torch.arange(channels//2, device=t.device)/(channels//2))
     angles = t[:, None].float()*frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 # %% ../../nbs/20_model/02_unet.ipynb #4c4e5fd8
 def _zero(layer):
-    "A layer that begins with the output 0, so that its block begins as the identity."
+    "Let a layer begin with the output 0, so that its block begins as the identity."
     for parameter in layer.parameters(): nn.init.zeros_(parameter)
     return layer
 
 # %% ../../nbs/20_model/02_unet.ipynb #790a5983
 class SiLU(nn.Module):
-    "x·sigmoid(x): in place, unless a backward pass will have to see x (PyTorch would copy it first)."
+    "Compute x·sigmoid(x): in place, unless a backward pass will have to see x (PyTorch would copy it first)."
     def forward(self, x): return F.silu(x, inplace=not torch.is_grad_enabled())
 
 # %% ../../nbs/20_model/02_unet.ipynb #ce6e0984
@@ -140,22 +139,29 @@ class Stem(nn.Conv2d):
 
 # %% ../../nbs/20_model/02_unet.ipynb #2d7a3973
 def _stages(config, c_embedding):
-    "The blocks of the way down and of the way up, and the channels in between."
-    residual = lambda c_in, c_out: ResidualBlock(c_in, c_out, c_embedding, config.groups)
-    attention = lambda c, rate: [AttentionBlock(c, config.heads, config.groups)] if rate in config.attention else []
+    "Build the blocks of the way down and of the way up, and count the channels in between."
+    def residual(c_in, c_out): return ResidualBlock(c_in, c_out, c_embedding, config.groups)
+    def attention(c, rate):
+        return [AttentionBlock(c, config.heads, config.groups)] if rate in config.attention else []
     c = config.channels
-    down, kept, up = [Stage([Stem(2, c, 3, padding=1)])], [c], []
+    down = [Stage([Stem(2, c, 3, padding=1)])]
+    kept = [c]
     for level, multiplier in enumerate(config.multipliers):
+        c_out = multiplier*config.channels
         for _ in range(config.blocks):
-            c_out = multiplier*config.channels
-            down.append(Stage([residual(c, c_out), *attention(c_out, 2**level)])); kept.append(c := c_out)
-        if level + 1 < len(config.multipliers): down.append(Stage([Downsample(c)])); kept.append(c)
+            down.append(Stage([residual(c, c_out), *attention(c_out, 2**level)]))
+            kept.append(c := c_out)
+        if level + 1 == len(config.multipliers): break
+        down.append(Stage([Downsample(c)]))
+        kept.append(c)
     middle = c
+    up = []
     for level, multiplier in reversed(list(enumerate(config.multipliers))):
+        c_out = multiplier*config.channels
         for i in range(config.blocks + 1):
-            c_out = multiplier*config.channels
             last = [Upsample(c_out)] if level and i == config.blocks else []
-            up.append(Stage([residual(c + kept.pop(), c_out), *attention(c_out, 2**level), *last])); c = c_out
+            up.append(Stage([residual(c + kept.pop(), c_out), *attention(c_out, 2**level), *last]))
+            c = c_out
     return nn.ModuleList(down), middle, nn.ModuleList(up)
 
 # %% ../../nbs/20_model/02_unet.ipynb #5af359f4
@@ -163,13 +169,15 @@ class UNet(nn.Module):
     "The conditional U-Net of the paper."
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
-        self.config, width = config, 4*config.channels
-        self.checkpointing = False  # compute the inside of every stage anew in the backward pass, instead of keeping it
-        mlp = lambda c_in: nn.Sequential(nn.Linear(c_in, width), nn.SiLU(), nn.Linear(width, width))
-        self.time_embed, self.class_embed = mlp(config.channels), mlp(config.conditions)
+        self.config = config
+        width = 4*config.channels
+        self.checkpointing = False  # compute the inside of every stage again in the backward pass
+        def mlp(c_in): return nn.Sequential(nn.Linear(c_in, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_embed = mlp(config.channels)
+        self.class_embed = mlp(config.conditions)
         self.null_cls_embed = nn.Parameter(torch.randn(1, width))
         self.input_blocks, c, self.output_blocks = _stages(config, width)
-        residual = lambda: ResidualBlock(c, c, width, config.groups)
+        def residual(): return ResidualBlock(c, c, width, config.groups)
         self.middle_block = Stage([residual(), AttentionBlock(c, config.heads, config.groups), residual()])
         last = _zero(nn.Conv2d(config.channels, 1 + config.learned_variance, 3, padding=1))
         self.out = nn.Sequential(nn.GroupNorm(config.groups, config.channels), nn.SiLU(), last)
@@ -180,7 +188,7 @@ class UNet(nn.Module):
         vector,   # (B, 3) degrees
         drop,     # (B,) bool: forget the rotation of these samples
     ):            # (B, 4·channels)
-        "What the blocks are told of step and rotation; a forgotten rotation is the learned null embedding."
+        "Embed step and rotation for the blocks; a forgotten rotation is the learned null embedding."
         vector = F.pad(vector/self.config.condition_scale, (0, self.config.conditions - 3))
         rotation = torch.where(drop[:, None], self.null_cls_embed, self.class_embed(vector))
         return self.time_embed(step_embedding(t, self.config.channels)) + rotation
@@ -198,10 +206,12 @@ def forward(self: UNet,
     drop = torch.zeros(len(t), dtype=torch.bool, device=t.device) if drop is None else drop
     precision = self.out[-1].weight.dtype
     embedding = self.embed(t, vector, drop).to(precision)
-    h, kept = torch.cat([x_t, input], dim=1).to(precision), []
-    run = lambda part, *given: part(*given)
-    if self.checkpointing and torch.is_grad_enabled():
-        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    checkpointing = self.checkpointing and torch.is_grad_enabled()
+    def run(part, *given):
+        if not checkpointing: return part(*given)
+        return checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False)
+    h = torch.cat([x_t, input], dim=1).to(precision)
+    kept = []
     for stage in self.input_blocks: kept.append(h := run(stage, h, embedding))
     h = run(self.middle_block, h, embedding)
     for stage in self.output_blocks: h = run(stage, h, embedding, kept.pop())
@@ -221,14 +231,14 @@ def cast(self: UNet,
 def count_parameters(
     network: nn.Module,  # any
 ) -> int:                # trainable values
-    "Number of parameters."
+    "Count the parameters."
     return sum(p.numel() for p in network.parameters())
 
 # %% ../../nbs/20_model/02_unet.ipynb #fa06a1e5
 def count_operations(
     config: UNetConfig,  # of the network
 ) -> int:                # multiplications and additions, each counted
-    "Floating-point operations of a forward with one image, in the convolutions, linear layers and attention."
+    "Count the floating-point operations for one image, in the convolutions, linear layers and attention."
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():  # shapes alone
         image = torch.empty(1, 1, config.size, config.size)
         UNet(config)(image, torch.zeros(1, dtype=torch.long), image, torch.zeros(1, 3))

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from ..geometry import CONVENTION
 from .lift import Lift, LiftConfig
 from .unet import UNet, UNetConfig
@@ -44,7 +45,7 @@ def save_weights(
     try:
         with atomic_file(path) as temporary: save_file(tensors, temporary, metadata)
     except SafetensorError as error:
-        sentence = f"cannot write {path}: {error}; make room, or choose another place"
+        sentence = f"cannot write {path}: {error}. Make room, or choose another place."
         raise RadRotatorError(sentence, "NOT_WRITTEN") from None
 
 # %% ../../nbs/20_model/05_weights.ipynb #8661575c
@@ -55,7 +56,8 @@ def load_weights(
     "Read a network from a file."
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except FileNotFoundError:
         sentence = f"cannot read {path}: there is no weights file here. Check the name."
         raise RadRotatorError(sentence, "NO_WEIGHTS") from None

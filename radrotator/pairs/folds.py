@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import RadRotatorError, folder_lock, read_csv, rng, write_csv
+from ..core import RadRotatorError, rng
+from ..files import folder_lock, read_csv, write_csv
 
 # %% ../../nbs/13_pairs/01_folds.ipynb #59b6aa1d
 FOLDS = (1, 2, 3, 4, 5, 6, 7)

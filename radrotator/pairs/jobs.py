@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numba
 
-from ..core import RadRotatorError, folder_lock, parallel_map, remove_leftovers, rng, write_csv
+from ..core import RadRotatorError, rng
+from ..files import folder_lock, remove_leftovers, write_csv
+from ..processes import parallel_map
 from ..ct.volume import Refusal
 from .plan import Job, SetPlan
 from .protocol import draw_poses

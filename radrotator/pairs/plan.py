@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import RadRotatorError, rng, sha256
+from ..core import RadRotatorError, rng
+from ..files import sha256
 from ..ct.read import read_ct
 from ..ct.volume import CT, Refusal
 from ..drr.attenuation import MU_WATER

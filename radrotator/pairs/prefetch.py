@@ -9,13 +9,14 @@ __all__ = []
 import atexit, multiprocessing, threading, weakref
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from queue import SimpleQueue
 
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import RadRotatorError, detach_from_group, end_with_parent, rng, signals_blocked
+from ..core import RadRotatorError, rng
+from ..processes import detach_from_group, end_with_parent, signals_blocked
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #f3ec42ce
 @lru_cache(maxsize=4)
@@ -30,7 +31,7 @@ def volume_order(
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #81a2948b
 def _answer(connection, work):
-    "Run a process of the background: receive arguments, send results or refusals."
+    "Answer calls in a background process: receive arguments, send results or refusals."
     detach_from_group()
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):  # the other side has closed
@@ -42,23 +43,26 @@ def _answer(connection, work):
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #d93d2c26
 class Prefetcher:
-    "Work done in the background, in order."
+    "Work done in the background, in the order in which it is submitted."
     def __init__(self,
         work,              # a function of one argument
         workers: int = 0,  # processes that do it; 0: a thread of this process does
         finish=lambda result: result, # done with each result in this process, also in the background
     ):
-        self.work, self.finish = work, finish
-        self.waiting, self.processes, self.closed = SimpleQueue(), {}, False
-        call = self._call_in_process if workers else work
-        self.threads = [threading.Thread(target=self._serve, args=(call,), daemon=True) for _ in range(max(1, workers))]
+        self.work = work
+        self.finish = finish
+        self.waiting = SimpleQueue()
+        self.processes = {}  # thread → process and connection
+        self.closed = False
+        serve = partial(self._serve, self._call_in_process if workers else work)
+        self.threads = [threading.Thread(target=serve, daemon=True) for _ in range(max(1, workers))]
         for thread in self.threads: thread.start()
         _RUNNING.add(self)
 
     def submit(self,
         argument,  # of the function
     ) -> Future:   # of its result; a `RadRotatorError` where it was refused, None where the process died twice
-        "Have something done."
+        "Let something be done in the background."
         if self.closed:
             raise RadRotatorError("cannot make more volumes: the work in the background has ended. Open the CTs again.",
                                   "CLOSED")
@@ -78,6 +82,7 @@ _RUNNING = weakref.WeakSet()
 
 @atexit.register
 def _close_all():
+    "Close what still works in the background."
     for prefetcher in list(_RUNNING): prefetcher.close()
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #f5621307
@@ -93,7 +98,7 @@ def _serve(self: Prefetcher, call):
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #36c5ea00
 @patch
 def _settle(self: Prefetcher, future, call, argument):
-    "Call, finish, and give the future its result or its exception."
+    "Call, finish, and set the future's result or exception."
     try:
         try: result = call(argument)
         except RadRotatorError as error: result = error
@@ -103,10 +108,11 @@ def _settle(self: Prefetcher, future, call, argument):
 
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #8651cdd0
 @patch
-def _process(self: Prefetcher) -> tuple: # process and connection
-    "Give this thread's process; start one where it has none."
-    thread, spawn = threading.get_ident(), multiprocessing.get_context("spawn")
+def _ensure_process(self: Prefetcher) -> tuple: # process and connection
+    "Return this thread's process; start one where it has none."
+    thread = threading.get_ident()
     if thread not in self.processes:
+        spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
         process = spawn.Process(target=_answer, args=(there, self.work), daemon=True)
         with signals_blocked(): process.start()
@@ -117,10 +123,10 @@ def _process(self: Prefetcher) -> tuple: # process and connection
 # %% ../../nbs/13_pairs/08_prefetch.ipynb #febb9cb8
 @patch
 def _call_in_process(self: Prefetcher, argument):
-    "Call in this thread's process, in a new one where it has died; None where that died as well."
+    "Call in this thread's process, or in a new one if that has died; give None if both have."
     for attempt in range(2):
         if self.closed: break
-        process, connection = self._process()
+        process, connection = self._ensure_process()
         try:
             connection.send(argument)
             return connection.recv()

@@ -65,7 +65,7 @@ def draw_views(
 
 # %% ../../nbs/13_pairs/00_protocol.ipynb #4a30891a
 class Pairs(Feed):
-    "Batches of pairs; those who inherit draw couples in `_couples`."
+    "Batches of pairs; a subclass chooses the couples in `_couples`."
     def batch(self,
         seed: int,      # of the run
         step: int,      # which batch

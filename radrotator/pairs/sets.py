@@ -15,7 +15,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file, sha256
+from ..core import RadRotatorError
+from ..files import atomic_file, sha256
 from ..ct.volume import CT
 from ..geometry import CArm, slab_planes
 from .plan import FORMAT, SetPlan, set_recipe
@@ -137,7 +138,7 @@ def is_whole(
     return all((folder/name).exists() and facts["sha256"] == sha256(folder/name) for name, facts in files)
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #30e74e55
-def _damaged(folder, how):
+def _damage_error(folder, how):
     return RadRotatorError(f"cannot use {folder}: it is not a whole DRR set, {how}. Render it again.", "DAMAGED_SET")
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #7878d673
@@ -152,7 +153,7 @@ class DRRSet:
     def images(self) -> np.ndarray: # (N, H, W) float16 line integrals, a read-only memory map
         "The DRRs, mapped at every call: no handle stays open."
         try: return np.load(self.folder/"drr.npy", mmap_mode="r")
-        except (OSError, ValueError): raise _damaged(self.folder, "drr.npy is missing or damaged") from None
+        except (OSError, ValueError): raise _damage_error(self.folder, "drr.npy is missing or damaged") from None
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #0b5a350b
 @patch
@@ -164,7 +165,7 @@ def check(self: DRRSet,
     for name in files if names is None else names:
         with suppress(OSError):
             if (self.folder/name).stat().st_size == files[name]["bytes"]: continue
-        raise _damaged(self.folder, f"{name} is missing or damaged")
+        raise _damage_error(self.folder, f"{name} is missing or damaged")
     return self
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #58c54682
@@ -178,7 +179,7 @@ def read_set(
     try: poses = np.array(manifest.pop("poses"), np.float32)
     except (KeyError, TypeError, ValueError): poses = np.empty(0)
     if poses.ndim != 2 or len(poses) < 3 or not {"patient", "fold", "carm", "bytes"} <= manifest.keys():
-        raise _damaged(folder, "it has no readable manifest.json of this version")
+        raise _damage_error(folder, "it has no readable manifest.json of this version")
     drrs = DRRSet(folder, poses, manifest)
     return drrs.check() if check else drrs
 
@@ -200,7 +201,7 @@ def _read_rows(
                 file.seek(whole - step*(count - row))
                 images.append(np.frombuffer(file.read(step), dtype).reshape(shape))
         return np.stack(images)
-    except (OSError, ValueError): raise _damaged(drrs.folder, f"{name} is missing or damaged") from None
+    except (OSError, ValueError): raise _damage_error(drrs.folder, f"{name} is missing or damaged") from None
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #aeaf49ed
 def _has_range(images: np.ndarray) -> bool: # (N, H, W): whether every one is finite and not all of one value
@@ -217,7 +218,7 @@ def read_images(self: DRRSet,
     size = self.manifest["carm"]["size"]
     images = _read_rows(self, "drr.npy", len(self.poses), (size, size), "<f2", rows)
     if _has_range(images): return images
-    raise _damaged(self.folder, "drr.npy holds a picture with no range or with values that are not finite")
+    raise _damage_error(self.folder, "drr.npy holds a picture with no range or with values that are not finite")
 
 # %% ../../nbs/13_pairs/05_sets.ipynb #0e9ccac5
 def _without_slabs(which):
@@ -237,6 +238,7 @@ def read_slabs(self: DRRSet,
     kinds = zip(SLAB_FILES.items(), shapes)
     slabs, dense, valid = (_read_rows(self, name, count, shape, dtype, rows) for (name, dtype), shape in kinds)
     if not _has_range(slabs.reshape(len(slabs), -1, about["canvas"])) or not np.isfinite(dense).all():
-        raise _damaged(self.folder, "slabs.npy or dense.npy holds a picture with no range or with values not finite")
+        how = "slabs.npy or dense.npy holds a picture with no range or with values that are not finite"
+        raise _damage_error(self.folder, how)
     fov = [about["views"][row]["fov"] for row in rows]
     return tuple(np.asarray(values, np.float32) for values in (slabs, dense, valid[:, None], fov))

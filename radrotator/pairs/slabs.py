@@ -75,7 +75,7 @@ def valid_mask(self: SlabSource,
 ) -> np.ndarray:    # (C, C) bool
     "Mark where rays of the canvas stay clear of the ends of the volume."
     canvas = self.plan.canvas
-    place = ((np.arange(canvas)*2 + 1)/canvas - 1)*view.carm.widened(canvas).fov/2
+    place = ((np.arange(canvas)*2 + 1)/canvas - 1)*view.carm.with_size(canvas).fov/2
     reach = 150*np.abs(np.sin(np.radians(view.pose))).sum() + 0.18*np.abs(place)
     def inside(axis):
         low, high = self.faces[axis]
@@ -88,7 +88,7 @@ def render(self: SlabSource,
     view: SlabView, # of the picture
 ) -> tuple:         # slabs (K, C, C), dense (K, S, S), valid (1, C, C), fov
     "Render the slabs of one picture."
-    planes, canvas = slab_planes(view.carm, self.plan.slabs), view.carm.widened(self.plan.canvas)
+    planes, canvas = slab_planes(view.carm, self.plan.slabs), view.carm.with_size(self.plan.canvas)
     slabs = self.whole.slabs(view.pose, canvas, planes, self.plan.oversample, view.offset)[0]
     dense = self.dense.slabs(view.pose, view.carm, planes, 1, view.offset)[0]
     valid = torch.from_numpy(self.valid_mask(view))[None]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import RadRotatorError, rng, sha256
+from ..core import RadRotatorError, rng
+from ..files import sha256
 from ..ct.describe import describe_nifti
 from ..ct.nifti import stem_of
 from ..ct.volume import CT
@@ -123,10 +124,11 @@ def bones_hash(
     path: str,  # a file, a folder of files, or several of these with commas between, as `BoneAtlas.read` takes them
 ) -> str:       # 64 hexadecimal digits
     "Hash the content of bone surfaces."
-    def joined(hashes): return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-    if Path(path).is_dir(): return joined(sha256(file) for file in sorted(Path(path).iterdir()) if file.is_file())
+    def hash_together(hashes): return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    if Path(path).is_dir():
+        return hash_together(sha256(file) for file in sorted(Path(path).iterdir()) if file.is_file())
     if Path(path).exists() or "," not in path: return sha256(path)
-    return joined(bones_hash(part.strip()) for part in path.split(","))
+    return hash_together(bones_hash(part.strip()) for part in path.split(","))
 
 # %% ../../nbs/13_pairs/03_sources.ipynb #65d71632
 @patch

@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core import RadRotatorError, RadRotatorWarning, check_input, silence_loggers
+from ..core import RadRotatorError, RadRotatorWarning, silence_loggers
+from ..files import check_input
 from ..dicom import MAX_BYTES, DicomImage, check_size, choose_frame, codestream_shape, decode_jpeg
 from ..dicom import file_error, is_dicom, read_image, to_luminance
 from .image import Radiograph, to_unit

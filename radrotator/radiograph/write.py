@@ -13,7 +13,8 @@ import pydicom
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from ..core import PICTURES, RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import PICTURES, atomic_file
 from ..dicom import read_dicom
 from .image import Radiograph
 
@@ -172,7 +173,7 @@ def check_result(
     "Refuse what cannot be written under this name."
     suffix = Path(path).suffix.lower()
     if suffix not in PICTURES:
-        reason = f"its name must say what kind of file it is. End it in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}."
+        reason = f"its ending is not a known kind of file. End it in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}."
         raise RadRotatorError(f"cannot write {path}: {reason}", "BAD_SUFFIX")
     if keep and suffix != ".dcm":
         reason = "only a DICOM result can keep patient data. End its name in .dcm."

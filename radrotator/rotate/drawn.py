@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np, torch
 
 from ..core import RadRotatorError
-from ..model.sample import SOLVERS, fixed_noise, guided, time_steps
+from ..model.sample import SOLVERS, fixed_noise, guided_denoiser, time_steps
 from ..radiograph.image import Radiograph, restore
 from .lifted import strip_error
 from .sampling import Sampling
@@ -31,7 +31,7 @@ def draw_batch(
     repeat = lambda tensor: tensor.to(device).expand(len(vectors), -1, -1, -1)
     input = repeat(to_signed(torch.from_numpy(np.asarray(picture, np.float32)))[None, None])
     vectors = torch.as_tensor(np.asarray(vectors), dtype=torch.float32, device=device)
-    denoise = guided(network, input, vectors, sampling.guidance)
+    denoise = guided_denoiser(network, input, vectors, sampling.guidance)
     noise = repeat(fixed_noise(len(picture), sampling.seed))
     views = solve(denoise, noise, time_steps(sampling.steps, spacing), watch)
     return from_signed(views)[:, 0].cpu().numpy()

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #73d6468d
-import contextlib, csv, hashlib, json, os, re
+import contextlib, hashlib, json, os, re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np, torch
 
 from .. import __version__
-from ..core import RadRotatorError, atomic_file, check_output, folder_lock
+from ..core import RadRotatorError
+from ..files import atomic_file, check_output, folder_lock, write_csv
 from ..radiograph.image import Radiograph
 from ..radiograph.write import TITLE, burn_mark, write_picture
+from ..resume import other_setting_error
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #ce6309b1
 HALF_WRITTEN = r"\..*"                                                # temporary files
@@ -49,9 +51,8 @@ def _check_manifest(
         raise RadRotatorError(sentence, "DAMAGED_MANIFEST") from None
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
-        raise RadRotatorError(f"cannot resume: the sweep in {folder} was begun with another "
-                              f"{' and another '.join(changed)}. Resume it with the same, or remove the folder.",
-                              "OTHER_SETTINGS")
+        what = f"another {' and another '.join(changed)}"
+        raise other_setting_error(f"the sweep in {folder}", what, "remove the folder")
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #4b592b98
 def claim_folder(
@@ -164,6 +165,5 @@ def write_angles(
     angles: np.ndarray, # (N,) degrees
 ):
     "Write a table of frames and their angles."
-    rows = [(frame.name, axis, f"{angle:.4f}") for frame, angle in zip(frames, angles)]
-    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("frame", "axis", "degrees"), *rows])
+    rows = [dict(frame=frame.name, axis=axis, degrees=f"{angle:.4f}") for frame, angle in zip(frames, angles)]
+    write_csv(path, ("frame", "axis", "degrees"), rows)

@@ -51,7 +51,7 @@ BT709 = ("-vf setparams=range=full,scale=out_range=limited,format=yuv420p,"
 EXACT = "-fflags +bitexact -flags:v +bitexact"  # no version in the file
 
 # %% ../../nbs/31_rotate/04_video.ipynb #6c0ac8ae
-def _even(picture):
+def _make_even(picture):
     "Add a black row or column where a side is odd."
     return np.pad(picture, [(0, side % 2) for side in picture.shape])
 
@@ -67,13 +67,13 @@ def write_mp4(
     from imageio_ffmpeg import count_frames_and_secs, write_frames
     tags = ["-metadata", f"title={TITLE}", "-metadata", f"comment={comment}"]
     options = [*f"-crf 10 {BT709} {EXACT} -movflags +faststart".split(), *tags]
-    height, width = _even(read_frame(frames[0])).shape
+    height, width = _make_even(read_frame(frames[0])).shape
     encoder = write_frames(path, (width, height), "gray", "yuv420p", fps, None, codec="libx264", macro_block_size=1,
                            ffmpeg_log_level="quiet", output_params=options)
     with contextlib.closing(encoder):
         encoder.send(None)
         for picture in map(read_frame, progress(frames, len(frames))):
-            try: encoder.send(_even(picture))
+            try: encoder.send(_make_even(picture))
             except OSError: break                                # an encoder that ended early: the count tells
     try: written, _ = count_frames_and_secs(path)
     except RuntimeError: written = 0
@@ -115,8 +115,8 @@ def choose_encoder(
     encoders = {".mp4": write_mp4, ".gif": write_gif, "": None}
     kind = path.suffix.lower()
     if kind not in encoders or not path.name:
-        raise RadRotatorError(f"cannot write {path}: its name does not tell the kind of film. End it in .mp4 or .gif, "
-                              "or in nothing for a folder of frames.", "FILM_KIND")
+        raise RadRotatorError(f"cannot write {path}: its ending is not that of a film. End it in .mp4 or .gif, "
+                              "or give no ending for a folder of frames.", "FILM_KIND")
     if kind != ".mp4" or has_encoder(): return path, encoders[kind]
     folder = path.with_suffix("")
     warnings.warn(f"there is no encoder of H.264 here, so instead of {path} the frames are written into the folder "

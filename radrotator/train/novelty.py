@@ -13,8 +13,8 @@ import numpy as np, torch
 from ..core import rng
 from ..pairs.protocol import Pairs
 from ..tone import from_signed
-from .losses import LiftingConfig, ask
-from .transforms import TransformConfig, training_transforms
+from .losses import LiftingConfig, make_lifting_batch
+from .transforms import TransformConfig, transform_pairs
 
 # %% ../../nbs/21_train/11_novelty.ipynb #16cdd98d
 def _stream(seed, step):
@@ -34,9 +34,9 @@ def draw_training_pictures(
         plain = replace(recipe, boxes=0.0, rectangles=0.0, grain=0.0)
         def draw(step):
             batch = data.batch(seed, step*data.plan.echo, each)
-            return ask(batch, data.plan.size, plain, _stream(seed, step)).toned
+            return make_lifting_batch(batch, data.plan.size, plain, _stream(seed, step)).toned
     else:
         def draw(step):
             batch = data.batch(seed, step, each)
-            return from_signed(training_transforms(batch, _stream(seed, step), recipe).input)
+            return from_signed(transform_pairs(batch, _stream(seed, step), recipe).input)
     return np.concatenate([draw(step)[:, 0].cpu().numpy() for step in range(steps)])
