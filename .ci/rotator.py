@@ -16,7 +16,7 @@ EXAMPLE = ROOT/"nbs"/"images"/"pelvis.png"
 def fetch_packages(npm):
     "Fetch what the lock file names, unless it is here; why that cannot be done, or an empty string"
     sys.path.insert(0, str(ROOT))
-    from radrotator.core import folder_lock
+    from radrotator.files import folder_lock
     lock, fetched = WEB/"package-lock.json", WEB/"node_modules"/".package-lock.json"
     with folder_lock(WEB):  # tests that run side by side build side by side
         if fetched.exists() and fetched.stat().st_mtime >= lock.stat().st_mtime: return ""

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 
-from ..core import RadRotatorError, atomic_file
+from ..core import RadRotatorError
+from ..files import atomic_file
 from .heads import lift_picture
 from .lift import Lift, Shares, extend_picture, low_pass
 

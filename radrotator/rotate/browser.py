@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import __version__
 from ..angles import LIMIT
-from ..core import atomic_file
 from ..dicom import MAX_PIXELS, to_luminance
+from ..files import atomic_file
 from ..geometry import CONVENTION, CArm
 from ..model.export import export_network
 from ..model.heads import RIM, detail_field
