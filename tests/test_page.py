@@ -65,14 +65,21 @@ def opened(browser, built):
 
 
 @pytest.fixture
-def page(opened):
-    "The page as it was at the beginning, with the example"
-    if opened.locator("#negative").is_visible() and opened.locator("#negative").is_checked(): opened.locator("#negative").uncheck()
-    wait_for(opened, lambda: opened.get_by_role("button", name="Take the example").click())
-    opened.get_by_role("button", name="Reset").click()
-    opened.get_by_label("turned", exact=True).check()
-    done(opened)
+def bare(opened):
+    "The page with no box ticked"
+    box = opened.locator("#negative")
+    if box.is_visible() and box.is_checked(): wait_for(opened, box.uncheck)
     return opened
+
+
+@pytest.fixture
+def page(bare):
+    "The page as it was at the beginning, with the example"
+    wait_for(bare, lambda: bare.get_by_role("button", name="Take the example").click())
+    bare.get_by_role("button", name="Reset").click()
+    bare.get_by_label("turned", exact=True).check()
+    done(bare)
+    return bare
 
 
 def wait_for(page, act):
@@ -212,12 +219,12 @@ def cases():
 
 
 @pytest.mark.parametrize("name, data", list(cases()), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_dicom_file_is_read_as_python_reads_it(opened, tmp_path, name, data):
+def test_a_dicom_file_is_read_as_python_reads_it(bare, tmp_path, name, data):
     (tmp_path/"a.dcm").write_bytes(data)
-    assert give(opened, data) == ""
-    turn(opened)
-    shows(opened, levels(Radiograph.read(tmp_path/"a.dcm")), within=1)
-    notes = opened.locator("#notes").inner_text()
+    assert give(bare, data) == ""
+    turn(bare)
+    shows(bare, levels(Radiograph.read(tmp_path/"a.dcm")), within=1)
+    notes = bare.locator("#notes").inner_text()
     assert ("turned over" in notes) == (name == "turned over") and ("mirrored" in notes) == (name == "mirrored")
 
 
