@@ -188,7 +188,7 @@ AtlasPatients = Annotated[Path | None, typer.Option(
     help="judge on the patients of fold 7 of a bone atlas, in soft tissue and as bone alone")]
 CtPatients = Annotated[Path | None, typer.Option(
     "--cts", show_default=False,
-    help="judge on the CTs of a folder; of fold 7, where it has a table of folds")]
+    help="judge on the CTs of a folder; on those of fold 7, if its table of folds keeps any back")]
 PhantomPatients = Annotated[int | None, typer.Option(
     "--phantoms", min=1, max=10_000, show_default=False,
     help="judge on so many synthetic patients that no training has seen")]

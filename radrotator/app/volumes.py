@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/50_app/03_volumes.ipynb #c6debad2
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -70,27 +71,67 @@ Patient = Annotated[str | None, typer.Option(
 Years = Annotated[bool, typer.Option("--years", help="write the year of acquisition into the report")]
 
 # %% ../../nbs/50_app/03_volumes.ipynb #ae9e15d7
+def find_options(
+    rows: list[dict],  # of the report
+) -> list[str]:        # such as "--max-thickness 3.3"
+    "Name the options that let pass what is refused for its slices or for what it shows."
+    found = {row["reason"]: [] for row in rows}
+    for row in rows: found[row["reason"]].append(row)
+    options = []
+    slices = [int(row["slices"]) for row in found.get("TOO_FEW_SLICES", []) if row["slices"]]
+    if slices: options.append(f"--min-slices {max(2, min(slices))}")
+    thickness = [float(row["thickness"]) for row in found.get("TOO_THICK", [])]
+    if thickness: options.append(f"--max-thickness {math.ceil(10*max(thickness) - 0.01)/10:g}")
+    if "COVERAGE" in found: options.append("--no-coverage")
+    return options
+
+# %% ../../nbs/50_app/03_volumes.ipynb #69cf05a1
+def describe_folds(
+    out: Path,    # of the CTs
+    roles: dict,  # as from `count_roles`
+) -> list[str]:   # lines; none where each of the folds' three tasks has a patient
+    "Say what it means that there are too few patients for seven folds, and how to go on."
+    if not any(roles.values()) or (roles["validate"] and roles["test"]): return []
+    count = sum(roles.values())
+    train, validate, test = (roles[role] or "nobody" for role in ("train", "validate", "test"))
+    lines = [f"{count} patient{'s'*(count > 1)} for seven folds: {train} to train on (folds 1 to 5), "
+             f"{validate} to choose the best weights (fold 6), {test} kept back for the judge (fold 7)"]
+    if not roles["validate"]: lines.append("without fold 6, train takes its last weights for the best")
+    if not roles["test"]:
+        lines.append(f"without fold 7, evaluate --cts {out} judges patients that were trained on, and says so; to keep "
+                     f"one back, write 7 as its fold into {out/'folds.csv'} now, before pairs and train; or judge "
+                     "others, with evaluate --cts OTHERS or --phantoms 5")
+    return lines
+
+# %% ../../nbs/50_app/03_volumes.ipynb #948b3a4f
 def describe_ingest(
     out: Path,      # of the CTs
     report: Path,   # the table
     series: int,    # how many there are
     accepted: int,  # how many of them
     refused: dict,  # reason → how many
+    options: list,  # as from `find_options`
+    roles: dict,    # as from `count_roles`
     stray: list,    # CTs without a row in the report
 ) -> str:           # a table and some lines
     "Say what has become of the series."
     from radrotator.ct.volume import REASONS
     where = f": {out}, with their folds in {out/'folds.csv'}" if accepted else ""
     lines = [f"{refusal_table(refused, REASONS)}{accepted} of {series} series accepted{where}"]
+    if not series: lines.append("no file there is NIfTI or DICOM; give the folder that holds the CTs")
+    if options:
+        lines.append(f"to take what is refused for its slices or coverage, add {' '.join(options)} and run this again; "
+                     "all else is judged as before")
     if series:
         lines.append(f"each series is a row of {report}; to overrule one, write accept or refuse into its column "
                      "decision and run this again")
+    lines += describe_folds(out, roles)
     if stray:
         lines.append(f"{len(stray)} more in {out} have no row in {report}, such as {stray[0]}; remove them if they "
                      "should not be trained on")
     return "\n".join(lines)
 
-# %% ../../nbs/50_app/03_volumes.ipynb #634ff22a
+# %% ../../nbs/50_app/03_volumes.ipynb #f7c5250a
 @command("ingest", "archive -o cts", "archive more/ct.nii.gz -o cts --max-thickness 3")
 def ingest_command(
     sources: Sources,               # files and folders
@@ -110,19 +151,20 @@ def ingest_command(
     check_folder(out)
     from radrotator.ct.curate import IngestConfig
     from radrotator.ct.ingest import ingest
-    from radrotator.pairs.folds import write_folds
+    from radrotator.pairs.folds import count_roles, write_folds
     config = IngestConfig(spacing=spacing, min_slices=min_slices, max_thickness=max_thickness, coverage=coverage,
                           years=years, patient=patient)
     report = report or out.with_name(f"{out.resolve().name}_report.csv")
     rows = ingest(sources, out, report, config, workers or count_cores(), partial(terminal_progress, words="taking in"))
     accepted = [row for row in rows if row["status"] == "accepted"]
-    if accepted: write_folds(out/"folds.csv", accepted, seed)
+    places = write_folds(out/"folds.csv", accepted, seed) if accepted else {}
+    roles = count_roles({row["name"]: places[row["name"]] for row in accepted})
     written = {path.name.removesuffix(".nii.gz") for path in out.glob("*.nii.gz")}
     stray = sorted(written - {row["name"] for row in accepted})
     known = dict(out=out, report=report, series=len(rows), accepted=len(accepted), refused=count_reasons(rows),
-                 stray=stray)
+                 options=find_options(rows), roles=roles, stray=stray)
     unread = any(row["reason"] in ("UNREADABLE", "FAILED") for row in rows)
-    return Result(describe_ingest(**known), known, int(unread))
+    return Result(describe_ingest(**known), known, int(unread or not accepted))
 
 # %% ../../nbs/50_app/03_volumes.ipynb #14caff63
 Cts = Annotated[Path, typer.Argument(
@@ -226,7 +268,7 @@ def fit_about_centre(
 
 # %% ../../nbs/50_app/03_volumes.ipynb #4c233aac
 Volume = Annotated[Path, typer.Argument(
-    metavar="CT", help="NIfTI file, or folder with one DICOM series", show_default=False)]
+    metavar="CT", help="NIfTI file, enhanced DICOM file, or folder with one DICOM series", show_default=False)]
 LargePixels = Annotated[int, typer.Option(min=16, max=4096, help="pixels along each side")]
 OneView = Annotated[float, typer.Option(
     min=20, max=1000, callback=check_finite,

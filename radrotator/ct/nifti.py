@@ -6,7 +6,7 @@
 __all__ = ['stem_of', 'read_nifti_ct', 'write_nifti', 'write_ct']
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #3a3b422c
-import gzip
+import gzip, zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import RadRotatorError
 from ..files import atomic_file
-from .volume import CT, MAX_VOXELS, check_affine, clean_hu, refusal_of
+from .volume import CT, MAX_VOXELS, check_affine, clean_hu, has_ct_spacing, refusal_of
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #15790d0e
 def open_maybe_gzip(
@@ -26,8 +26,18 @@ def open_maybe_gzip(
     return gzip.open(path, "rb") if packed else open(path, "rb")
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #c60b449a
-NIFTI_2 = b"\x1c\x02\0\0", b"\0\0\x02\x1c"  # first bytes, of either byte order
+NIFTI_1 = b"\x5c\x01\0\0", b"\0\0\x01\x5c"  # first bytes, of either byte order
+NIFTI_2 = b"\x1c\x02\0\0", b"\0\0\x02\x1c"
 
+def has_nifti_mark(
+    path,  # any file
+) -> bool:
+    "Tell a NIfTI file by its first bytes, packed or not."
+    try:
+        with open_maybe_gzip(path) as file: return file.read(4) in (*NIFTI_1, *NIFTI_2)
+    except (EOFError, zlib.error, gzip.BadGzipFile): return False
+
+# %% ../../nbs/10_ct/01_nifti.ipynb #48fb6fc8
 def nifti_header(
     path,  # a NIfTI file, packed or not
 ):         # NIfTI-1 or NIfTI-2 header of nibabel
@@ -64,27 +74,67 @@ def nifti_shape(
     return shape[:3]
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #d94a2f94
+UNITS = {0: (1.0, "mm"), 1: (1000.0, "metres"), 2: (1.0, "mm"), 3: (0.001, "micrometres")}  # code → (mm in one, name)
+
+def nifti_unit(
+    header,  # NIfTI-1 or NIfTI-2 header
+    path,    # for the message
+) -> tuple:  # (mm in a unit of the header, the unit's name); a header without a unit means mm
+    "Read the unit of length (xyzt_units)."
+    code = int(header["xyzt_units"]) & 7
+    if code in UNITS: return UNITS[code]
+    reason = f"its header gives lengths in a unit that NIfTI does not have (xyzt_units {code}). Set it to mm."
+    raise refusal_of(path, reason, "BAD_GEOMETRY")
+
+# %% ../../nbs/10_ct/01_nifti.ipynb #056a1d02
+def coded_affines(
+    header,  # NIfTI-1 or NIfTI-2 header
+    path,    # for the message
+) -> list:   # of (4, 4) voxel index to RAS+ mm: sform, qform, those that the header has
+    "Read the affines of a header, in mm."
+    millimetres, unit = nifti_unit(header, path)
+    try: affines = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code]
+    except Exception:
+        reason = "the orientation in its header is damaged. Convert the DICOM series again."
+        raise refusal_of(path, reason, "BAD_GEOMETRY") from None
+    affines = [np.diag([millimetres]*3 + [1.0]) @ affine for affine in affines]
+    if unit != "mm" and not all(map(has_ct_spacing, affines)):
+        reason = f"lengths in {unit}, as its header says, make no spacing of a CT. Mend xyzt_units or the spacing."
+        raise refusal_of(path, reason, "BAD_GEOMETRY")
+    return affines
+
+# %% ../../nbs/10_ct/01_nifti.ipynb #7903abf0
+def check_sides(
+    affine: np.ndarray,  # (4, 4) voxel index to RAS+ mm, the sform alone
+    header,              # NIfTI-1 or NIfTI-2 header
+    path,                # for the message
+):
+    "Refuse an sform that contradicts the voxel sides beside it (pixdim): some readers take those, some the sform."
+    sides = np.array(header.get_zooms()[:3])*nifti_unit(header, path)[0]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.abs(sides/spacing - 1).max() <= 0.01: return
+    texts = ["×".join(f"{mm:.3g}" for mm in three) for three in (spacing, sides)]
+    reason = f"its header gives two voxel sizes, {texts[0]} mm by the sform and {texts[1]} mm by pixdim. Mend it."
+    raise refusal_of(path, reason, "BAD_GEOMETRY")
+
+# %% ../../nbs/10_ct/01_nifti.ipynb #517ae65f
 def nifti_affine(
     header,       # NIfTI-1 or NIfTI-2 header
     shape: list,  # from `nifti_shape`
     path,         # for the message
 ) -> np.ndarray:  # (4, 4) voxel index to RAS+ mm
     "Read where the header places the voxels; it must say so once, or twice the same."
-    try:
-        sform, has_sform = header.get_sform(coded=True)
-        qform, has_qform = header.get_qform(coded=True)
-    except Exception:
-        reason = "the orientation in its header is damaged. Convert the DICOM series again."
-        raise refusal_of(path, reason, "BAD_GEOMETRY") from None
-    if not (has_sform or has_qform):
+    affines = coded_affines(header, path)
+    if not affines:
         reason = "its header does not say where left and right are (no sform or qform). Convert it again from DICOM."
         raise refusal_of(path, reason, "NO_ORIENTATION")
-    affine = sform if has_sform else qform
+    affine = affines[0]
     check_affine(affine, path)
-    if has_sform and has_qform:
+    if len(affines) == 1 and header["sform_code"] > 0: check_sides(affine, header, path)
+    if len(affines) == 2:
         corners = np.column_stack([np.array(list(np.ndindex(2, 2, 2)))*shape, np.ones(8)])
         half_voxel = np.linalg.norm(affine[:3, :3], axis=0).max()/2
-        if np.abs((sform - qform) @ corners.T).max() > half_voxel:
+        if np.abs((affine - affines[1]) @ corners.T).max() > half_voxel:
             reason = "sform and qform place its voxels differently. Set the wrong one equal to the right one."
             raise refusal_of(path, reason, "NO_ORIENTATION")
     return affine

@@ -100,24 +100,31 @@ def clean_hu(
     "Clamp to the 12-bit scale, padding to air; refuse what cannot be Hounsfield units."
     hu = np.asarray(hu, np.float32)
     low, high = HU_RANGE
-    if not np.isfinite([hu.min(), hu.max()]).all(): np.nan_to_num(hu, copy=False, nan=low, posinf=high, neginf=low)
-    if not hu.min() < 0 < hu.max():
+    if not np.fmin.reduce(hu, axis=None) < 0 < np.fmax.reduce(hu, axis=None):
         reason = ("its values are not Hounsfield units, which have air or fat below 0 and bone above. "
                   "Give the CT itself, not a label map or a rescaled copy.")
         raise refusal_of(path, reason, "NOT_HU")
+    if not np.isfinite([hu.min(), hu.max()]).all(): np.nan_to_num(hu, copy=False, nan=low, posinf=high, neginf=low)
     return np.clip(hu, low, high, out=hu)
 
 # %% ../../nbs/10_ct/00_volume.ipynb #de8b6115
+def has_ct_spacing(
+    affine: np.ndarray,  # (4, 4) voxel index to mm
+) -> bool:               # whether voxels are 0.05 to 20 mm apart
+    "Check whether an affine has the spacing of a CT."
+    with np.errstate(all="ignore"): spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.isfinite(affine).all() and (spacing >= 0.05).all() and (spacing <= 20).all())
+
+# %% ../../nbs/10_ct/00_volume.ipynb #03ba3e25
 def check_affine(
     affine: np.ndarray,  # (4, 4) voxel index to mm
     path,                # for the message
 ):
     "Refuse an affine that is no scanner's: flat, absurdly spaced, or with axes not at right angles."
-    columns = affine[:3, :3]
-    with np.errstate(all="ignore"): spacing = np.linalg.norm(columns, axis=0)
-    if not np.isfinite(affine).all() or (spacing < 0.05).any() or (spacing > 20).any():
+    if not has_ct_spacing(affine):
         raise refusal_of(path, "the voxel spacing is not that of a CT, 0.05 to 20 mm. Mend the header.", "BAD_GEOMETRY")
-    cosines = columns/spacing
+    columns = affine[:3, :3]
+    cosines = columns/np.linalg.norm(columns, axis=0)
     if np.abs(cosines.T @ cosines - np.eye(3)).max() > 5e-3:
         reason = "its axes are not at right angles (gantry tilt?). Resample it first, for example with dcm2niix."
         raise refusal_of(path, reason, "GANTRY_TILT")

@@ -7,6 +7,7 @@ __all__ = ['FIRST_TEST_SEED', 'Patient', 'phantom_patients', 'atlas_patients', '
            'ct_patients']
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #01a304b1
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from ..core import RadRotatorError
+from ..core import RadRotatorError, RadRotatorWarning
 from ..ct.read import read_ct
 from ..ct.volume import CT
-from ..pairs.folds import TEST, read_folds
+from ..pairs.folds import ROLES, TEST, read_folds
 from ..pairs.sources import cts_in
 from ..phantom.atlas import BoneAtlas
 from ..phantom.phantom import phantom
@@ -92,23 +93,51 @@ def read_patient_ct(
     return remove_table(ct) if kind_of_ct(ct) == "soft tissue" else ct
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #41fcadf2
-def _group_of(path):
-    "Name the group of a CT; one that cannot be read is left out later, by its number."
-    try: return f"real CT, {kind_of_ct(read_ct(path))}"
-    except RadRotatorError: return "real CT"
+SEEN = dict(
+    train="trained on",
+    validate="used to choose the weights",
+    test="not trained on",
+)  # what a training on the same folder does with a patient
+
+def name_group(
+    path,               # of a CT
+    fold: int | None,   # of its patient; None: there is no table of folds
+) -> str:               # one that cannot be read is left out later, by its number
+    "Name the group of a CT by what is in it, and whether training has seen it."
+    seen = [SEEN[role] for role, folds in ROLES.items() if fold in folds]
+    try: kind = [kind_of_ct(read_ct(path))]
+    except RadRotatorError: kind = []
+    return ", ".join(["real CT", *kind, *seen])
 
 # %% ../../nbs/41_evaluate/03_patients.ipynb #38193a54
+def choose_patients(
+    files: dict,  # name → path of a CT
+    folder: Path, # they come from
+) -> dict:        # name → fold; None where there is no table of folds
+    "Choose whom of a folder to judge: those kept back from training, and if there are none, everybody, with a warning."
+    table = folder/"folds.csv"
+    if not table.exists():
+        warnings.warn(f"{folder} has no table of folds, so nothing says whether the weights were trained on these "
+                      "patients", RadRotatorWarning)
+        return dict.fromkeys(files)
+    places = read_folds(table)
+    folds = {name: places[name][1] for name in files if name in places}
+    kept_back = {name: fold for name, fold in folds.items() if fold in TEST}
+    if kept_back: return kept_back
+    if not folds:
+        raise RadRotatorError(f"cannot judge on {folder}: {table} has none of its CTs. Give a folder whose CTs are in "
+                              "its table, or one without a table.", "NO_TEST_FOLD")
+    warnings.warn(f"{table} keeps nobody back for the judge (fold {TEST[0]}), so this judges patients of the other "
+                  "folds, from whom a training on this folder learns: the figures say how well it remembers them, not "
+                  "how well it turns others", RadRotatorWarning)
+    return folds
+
+# %% ../../nbs/41_evaluate/03_patients.ipynb #e413dd62
 def ct_patients(
-    folder: str | Path,  # of CTs; where there is a table of folds, those of the test fold
-) -> list[Patient]:
+    folder: str | Path,  # of CTs; where there is a table of folds, those of the test fold, if it has any
+) -> list[Patient]:      # their groups say whether a training on this folder has seen them
     "List CTs of a folder, without their names: those may be a patient's."
     files = cts_in(folder)
-    table = Path(folder)/"folds.csv"
-    if table.exists():
-        places = read_folds(table)
-        files = {name: path for name, path in files.items() if places.get(name, ("", 0))[1] in TEST}
-        if not files:
-            raise RadRotatorError(f"cannot judge on {folder}: {table} puts no CT into fold {TEST[0]}, which is kept "
-                                  "for the judge. Give a folder with such CTs, or one without a table.", "NO_TEST_FOLD")
-    return [Patient(_group_of(path), f"CT {i}", partial(read_patient_ct, path))
-            for i, path in enumerate(files.values(), 1)]
+    folds = choose_patients(files, Path(folder))
+    return [Patient(name_group(files[name], fold), f"CT {i}", partial(read_patient_ct, files[name]))
+            for i, (name, fold) in enumerate(folds.items(), 1)]

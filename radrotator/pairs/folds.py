@@ -18,6 +18,16 @@ from ..files import folder_lock, read_csv, write_csv
 FOLDS = (1, 2, 3, 4, 5, 6, 7)
 TRAIN, VALIDATE, TEST = FOLDS[:5], FOLDS[5:6], FOLDS[6:]
 
+# %% ../../nbs/13_pairs/01_folds.ipynb #c814b13b
+ROLES = dict(train=TRAIN, validate=VALIDATE, test=TEST)
+
+def count_roles(
+    places: dict,  # name → (patient, fold), as from `read_folds`
+) -> dict:         # role → number of patients
+    "Count who trains, who validates, and who is left for the test."
+    folds = list(dict(places.values()).values())
+    return {role: sum(fold in mine for fold in folds) for role, mine in ROLES.items()}
+
 # %% ../../nbs/13_pairs/01_folds.ipynb #b901c0ed
 STRATA = "era", "slices", "thickness"
 

@@ -24,7 +24,7 @@ from ..model.heads import Lifted
 from ..model.lift import Lift
 from ..model.unet import UNet
 from ..model.weights import load_weights
-from ..radiograph.image import Radiograph
+from ..radiograph.image import Radiograph, resize
 from ..radiograph.read import read_radiograph
 from .drawn import choose_restoration, draw_views
 from .frames import move_into_place, open_frames, sweep_manifest, write_angles, write_frames
@@ -151,7 +151,7 @@ def lift(self: RadRotator,
     watch=None,       # called with (steps done, x0 of now)
 ) -> tuple[Lifted, ToneCurve]: # the radiograph, shared out over depth; and the curve that its grey values went through
     "Say at which depth each part of a radiograph lies."
-    radiograph = as_radiograph(radiograph)
+    radiograph = as_radiograph(radiograph).square_pixels()
     how = f"{radiograph.shape} {radiograph.linear} {sampling.steps} {sampling.seed} {sampling.solver}"
     key = hashlib.sha256(how.encode() + radiograph.pixels.tobytes()).digest()
     if self.latest[0] != key: self.latest = key, lift_radiograph(self.network, radiograph, sampling, watch)
@@ -160,14 +160,17 @@ def lift(self: RadRotator,
 # %% ../../nbs/31_rotate/06_rotator.ipynb #9fc9b53e
 @patch
 def _turn(self: RadRotator, radiograph, vectors, sampling, batch, watch) -> Iterator[np.ndarray]:
-    "Turn a radiograph in the way of these weights."
+    "Turn a radiograph in the way of these weights, in millimetres: on square pixels."
+    even = radiograph.square_pixels()
     if self.lifts:
-        lifted, curve = self.lift(radiograph, sampling, watch)
-        yield from turn_lifted_radiograph(radiograph, lifted, curve, vectors, sampling.detail)
+        lifted, curve = self.lift(even, sampling, watch)
+        views = turn_lifted_radiograph(even, lifted, curve, vectors, sampling.detail)
     else:
         restoration = choose_restoration(self.about)
-        yield from draw_views(self.network, radiograph, vectors, sampling, self.size, restoration, batch,
-                              self.device, watch)
+        views = draw_views(self.network, even, vectors, sampling, self.size, restoration, batch, self.device, watch)
+    for view in views:
+        if view is even.pixels: yield radiograph.pixels  # turned by nothing, it is itself
+        else: yield view if even is radiograph else np.clip(resize(view, radiograph.shape), 0, 1)
 
 # %% ../../nbs/31_rotate/06_rotator.ipynb #8b862b1e
 @patch
@@ -189,7 +192,7 @@ def views(self: RadRotator,
     whole = as_radiograph(radiograph)
     shown, cut = whole.crop() if crop else (whole, None)
     made = self._turn(shown, vectors, how, batch, watch)
-    views = (Radiograph(view, whole.spacing, f"rotated {whole.source}", whole.linear) for view in made)
+    views = (replace(whole, pixels=view, source=f"rotated {whole.source}") for view in made)
     return (cut.put_back(view, whole) for view in views) if crop else views
 
 # %% ../../nbs/31_rotate/06_rotator.ipynb #a20de3df
@@ -223,7 +226,8 @@ def unfamiliar(self: RadRotator,
     known = self.about.get("known")
     if not known: return None
     radiograph = as_radiograph(radiograph)
-    return describe_novelty(radiograph.crop()[0] if crop else radiograph, known)
+    shown = radiograph.crop()[0] if crop else radiograph
+    return describe_novelty(shown.square_pixels(), known)
 
 # %% ../../nbs/31_rotate/06_rotator.ipynb #8bcb8bfa
 @patch

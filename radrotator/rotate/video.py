@@ -27,11 +27,11 @@ def fit_to_film(
     radiograph: Radiograph, # of any size
 ) -> Radiograph:            # as large as a film shows it
     "Give a radiograph square pixels, and no more of them than a film needs."
-    spacing = np.array(radiograph.spacing or (1, 1))
+    spacing = np.array(radiograph.spacing or (radiograph.pixel_aspect, 1))
     size = radiograph.shape*spacing/spacing.min()
     shape = np.rint(size*min(1, LONGEST/size.max())).clip(1).astype(int)
     pixels = resize(radiograph.pixels, tuple(shape.tolist()))
-    return replace(radiograph, pixels=np.clip(pixels, 0, 1), spacing=None)
+    return replace(radiograph, pixels=np.clip(pixels, 0, 1), spacing=None, aspect=None)
 
 # %% ../../nbs/31_rotate/04_video.ipynb #0748713a
 def read_frame(
