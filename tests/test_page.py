@@ -213,6 +213,7 @@ def cases():
     yield "exact", make(plain, VOILUTFunction="LINEAR_EXACT", **window)
     yield "sigmoid", make(plain, VOILUTFunction="SIGMOID", **window)
     yield "padding", make(plain, PixelPaddingValue=0)
+    yield "air bright", make(plain, PixelIntensityRelationshipSign=1)
     yield "mirrored", make(plain, PatientOrientation=["R", "F"])
     yield "JPEG", dicom_bytes(scene(8), stream=jpeg(quality=95), syntax=uid.JPEGBaseline8Bit)
     yield "lossless JPEG", make(plain, stream=lossless(), syntax=uid.JPEGLosslessSV1)
@@ -225,7 +226,7 @@ def test_a_dicom_file_is_read_as_python_reads_it(bare, tmp_path, name, data):
     turn(bare)
     shows(bare, levels(Radiograph.read(tmp_path/"a.dcm")), within=1)
     notes = bare.locator("#notes").inner_text()
-    assert ("turned over" in notes) == (name == "turned over") and ("mirrored" in notes) == (name == "mirrored")
+    for words in ("turned over", "mirrored", "air"): assert (words in notes) == name.startswith(words), words
 
 
 def test_a_dicom_file_is_dropped(page, tmp_path):

@@ -13,11 +13,12 @@ import numpy as np
 
 from .. import __version__
 from ..angles import LIMIT
-from ..dicom import MAX_PIXELS, to_luminance
+from ..dicom import MAX_PIXELS
 from ..files import atomic_file
 from ..geometry import CONVENTION, CArm
 from ..model.export import export_network
 from ..model.heads import RIM, detail_field
+from ..radiograph.display import to_luminance
 from ..radiograph.read import RADIOGRAPHIC
 from ..radiograph.write import TITLE
 from .lifted import CURVE_SIDE, EVEN

@@ -108,7 +108,7 @@ async function readDicom(bytes, about) {
   if (samples != 1 || !["MONOCHROME1", "MONOCHROME2"].includes(tone)) refuse("it is in colour. Export it in grey.")
   if (["MONOCHROME1 IDENTITY", "MONOCHROME2 INVERSE"].includes(`${tone} ${shape}`))
     refuse("its header contradicts itself on whether bone is bright. Export it as PNG, and look at it.")
-  const [row, column] = ds.elements.x00280030?.length ? numbers("x00280030") : numbers("x00181164")
+  const [row, column] = ["x00280030", "x00181164", "x00182010"].map(numbers).find(pair => pair[1] > 0) ?? []
   const aspect = numbers("x00280034")
   if (Math.abs(row/column - 1) > 0.01 || Math.abs(aspect[0]/aspect[1] - 1) > 0.01)
     refuse("its pixels are not square, and would be turned askew. Turn it with the command radrotator rotate.")
@@ -121,6 +121,9 @@ async function readDicom(bytes, about) {
   const values = tone == "MONOCHROME1" ? shown.map(v => -v) : shown
   hidePadding(values, stored, ds)
   const notes = tone == "MONOCHROME1" ? ["MONOCHROME1: turned over, so that bone is bright."] : []
+  const sign = ds.elements.x00281041?.length ? ds.int16("x00281041") : 0, rising = (tone == "MONOCHROME2") == slope > 0
+  if (sign == (rising ? 1 : -1))
+    notes.push("The header says that air is brighter than bone: if bone is dark here, tick the box for a negative.")
   if (text("x0008001c") == "YES" && text("x00280301") == "YES")
     notes.push("It is a synthetic picture, and the word that is burnt into it is taken for anatomy.")
   return {...upright(values, width, height, text("x00200020").split("\\"), notes), notes}
