@@ -1,5 +1,6 @@
-// node build.mjs MODEL.onnx EXAMPLE.png FOLDER: writes FOLDER/rotate.html and what it needs, from MODEL.onnx, MODEL-tone.onnx
-// and MODEL.json (`radrotator export`). All of it is scripts and a style sheet: so the page opens from a plain folder, too.
+// node build.mjs MODEL.onnx EXAMPLE.png FOLDER: writes FOLDER/rotate.html and what it needs, from MODEL.onnx,
+// MODEL-tone.onnx and MODEL.json (`radrotator export`). All of it is scripts and a style sheet, so that the page opens
+// from a plain folder, too.
 import {build} from "esbuild"
 import {createHash} from "node:crypto"
 import {existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync} from "node:fs"
@@ -9,7 +10,8 @@ const base64 = path => readFileSync(path).toString("base64")
 const beside = ending => model.replace(/\.onnx$/, ending)
 const folder = `${out}/rotate`, packages = `${here}node_modules`
 mkdirSync(folder, {recursive: true})
-const write = (name, value, place) => writeFileSync(`${folder}/${name}`, `globalThis.${place} = ${JSON.stringify(value)}\n`)
+const write = (name, value, place) =>
+  writeFileSync(`${folder}/${name}`, `globalThis.${place} = ${JSON.stringify(value)}\n`)
 
 const about = JSON.parse(readFileSync(beside(".json")))
 write("about.js", about, "ROTATOR_ABOUT")

@@ -35,7 +35,7 @@ export function shrink(pixels, width, height, size) {
   return small
 }
 
-/** Combine, along an axis of an n × m picture, the pixels at `places(i)`: [[index, weight], …]; beyond the border, its own. */
+/** Mix, along an axis of an n × m picture, the pixels at `places(i)`: [[index, weight], …]; the border goes on. */
 function along(image, n, m, axis, length, places) {
   const out = new Float64Array(axis == 0 ? length*m : n*length), last = (axis == 0 ? n : m) - 1
   for (let i = 0; i < length; i++) for (const [place, weight] of places(i)) {

@@ -1,4 +1,4 @@
-// Keeps the page's files, so that it opens without a network once it was opened with one. CACHE and FILES: from the build.
+// Keeps the page's files, so that it opens without a network once it was opened with one. The build knows which.
 /* global CACHE, FILES */
 const keep = async () => { await (await caches.open(CACHE)).addAll(FILES); await skipWaiting() }
 const tidy = async () => {

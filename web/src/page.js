@@ -7,7 +7,7 @@ import {Turner} from "./turn.js"
 const about = globalThis.ROTATOR_ABOUT, AXES = ["x", "y", "z"]
 const $ = id => document.getElementById(id)
 const tell = (sentence, wrong = "") => { $("status").textContent = sentence; $("error").textContent = wrong }
-const refuse = error => tell("", error instanceof Refusal ? error.message : `Cannot turn this picture: ${error.message}.`)
+const refuse = error => tell("", error instanceof Refusal ? error.message : `Cannot turn this: ${error.message}.`)
 const signed = x => `${x < 0 ? "−" : "+"}${Math.abs(x)}`
 let turner, networks, shown = null, latest = 0, views = 0
 
@@ -26,9 +26,9 @@ function checkPicture({pixels, width, height}) {
   const counts = new Uint32Array(256)
   for (const v of pixels) counts[Math.trunc(v*255)]++
   const even = Math.max(...counts)/pixels.length
-  if (even > about.even) throw new Refusal("Cannot turn this picture: it is one even grey. Give one that shows a patient.")
+  if (even > about.even) throw new Refusal("Cannot turn this: it is one even grey. Give a picture that shows a patient.")
   if (Math.max(width, height) > turner.largest)
-    throw new Refusal(`Cannot turn this picture: the graphics here hold ${turner.largest} pixels a side. Scale it down.`)
+    throw new Refusal(`Cannot turn this: the graphics here hold ${turner.largest} pixels a side. Scale it down.`)
 }
 
 /** Read, lift and show; of two files given in haste the later is shown. */
@@ -65,13 +65,15 @@ async function show(read, turn) {
 const angles = () => AXES.map(axis => $(axis).valueAsNumber)
 const describe = () => `x ${signed(angles()[0])}°, y ${signed(angles()[1])}°, z ${signed(angles()[2])}°`
 
-/** Paint the view that the sliders ask for: at once, and where the machine is slow coarsely at once and all of it soon. */
+/** Paint the view that the sliders ask for; where the machine is slow, coarsely at once and all of it soon. */
 async function draw(split = Number(document.querySelector("[name=show]:checked").value)) {
   const number = ++views, canvas = $("picture"), {width, height} = canvas
   const view = {angles: angles(), detail: $("detail").valueAsNumber, split}
-  for (const axis of AXES) document.querySelector(`output[for=${axis}]`).textContent = `${signed($(axis).valueAsNumber)}°`
-  document.querySelector("output[for=detail]").textContent = $("detail").value
-  const turned = split < 1 && view.angles.some(a => a), words = turned ? `Computed view: ${describe()}` : "The radiograph"
+  const write = (id, words) => { document.querySelector(`output[for=${id}]`).textContent = words }
+  for (const axis of AXES) write(axis, `${signed($(axis).valueAsNumber)}°`)
+  write("detail", $("detail").value)
+  const turned = split < 1 && view.angles.some(a => a)
+  const words = turned ? `Computed view: ${describe()}` : "The radiograph"
   canvas.ariaLabel = $("caption").textContent = words + (turned && split ? "; left half as it was" : "")
   canvas.ariaBusy = true
   turner.prepare(view)
@@ -108,7 +110,8 @@ async function save() {
     pen.fillText(...place)
   })
   const data = pen.getImageData(0, 0, width, height).data.filter((_, i) => i % 4 == 0)
-  const plain = describe().replaceAll("°", "").replaceAll("−", "-"), made = `detail ${$("detail").value}, ${$("made").textContent}`
+  const plain = describe().replaceAll("°", "").replaceAll("−", "-")
+  const made = `detail ${$("detail").value}, ${$("made").textContent}`
   const text = {Description: `${about.title}. ${plain} degrees; ${made}`}
   const url = URL.createObjectURL(new Blob([encode({width, height, data, channels: 1, text})], {type: "image/png"}))
   const name = `radrotator_${plain.replaceAll(" ", "").replaceAll(",", "_")}.png`

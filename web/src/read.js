@@ -50,8 +50,8 @@ function luminance(data, channels, count, weights) {
   return grey
 }
 
-const PICTURE = ["A picture does not say whether bone is bright, nor which side is which: it is taken for a frontal view " +
-  "with bone bright and the patient's right on the left."]
+const PICTURE = ["A picture does not say whether bone is bright, nor which side is which: it is taken for a frontal " +
+  "view with bone bright and the patient's right on the left."]
 
 function readPng(bytes, about) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length)
@@ -62,7 +62,7 @@ function readPng(bytes, about) {
   return {values: luminance(data, channels, width*height, about.luminance), width, height, notes: PICTURE}
 }
 
-/** What a JPEG stream says of itself: its process (0: baseline … 3: lossless), bits and size; throws where it has no end. */
+/** A JPEG stream's process (0: baseline … 3: lossless), bits and size; throws where it has no end. */
 function jpegHeader(bytes) {
   const word = i => bytes[i] << 8 | bytes[i + 1]
   let frame = {}
@@ -191,7 +191,7 @@ function upright(values, width, height, way, notes) {
   const [along, down] = way.map(letters => letters[0])
   const mirror = ["LH", "RF", "RH"].includes(`${along}${down}`)
   if (!/^[LR][FH]$/.test(`${along}${down}`))
-    notes.push("The header does not say that this is a frontal view with the patient's right on the left: it is taken so.")
+    notes.push("The header does not say that this is a frontal view, the patient's right on the left: it is taken so.")
   if (!mirror) return {values, width, height}
   notes.push("Stored mirrored: turned, so that the patient's right is on the left.")
   const x = j => along == "R" ? width - 1 - j : j, y = i => down == "H" ? height - 1 - i : i

@@ -135,7 +135,7 @@ export class Turner {
     this.pass(this.coarse, half*wide/about.size, R, [wide, wide], {wide})
   }
 
-  /** Paint rows of the view that was made ready, or all of it `grain` times as coarse; and measure what a pixel costs. */
+  /** Paint rows of the view that was made ready, or all of it `grain` times as coarse; measure what a pixel costs. */
   paint({angles, detail, split}, grain, from = 0, rows = this.canvas.height) {
     const {gl, about, canvas: {width, height}} = this, size = [width, height].map(n => Math.ceil(n/grain))
     const {low, scale} = this.lifted.back, start = performance.now()
