@@ -26,7 +26,7 @@ function checkPicture({pixels, width, height}) {
   const counts = new Uint32Array(256)
   for (const v of pixels) counts[Math.trunc(v*255)]++
   const even = Math.max(...counts)/pixels.length
-  if (even > about.even) throw new Refusal("Cannot turn this: it is one even grey. Give a picture that shows a patient.")
+  if (even > about.even) throw new Refusal("Cannot turn this: it is one even grey. Give one that shows a patient.")
   if (Math.max(width, height) > turner.largest)
     throw new Refusal(`Cannot turn this: the graphics here hold ${turner.largest} pixels a side. Scale it down.`)
 }
