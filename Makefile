@@ -1,6 +1,7 @@
 # make demo       install into .venv, then rotate real inputs with the shipped weights; writes demo/
 #                 (make demo CT=ct.nii.gz RADIOGRAPH=hip.dcm to add your own)
 # make test       install the dev extra, run every notebook and every test
+# make quick      while you edit: the house rules, the fast tests, and the notebooks that you changed
 # make export     write radrotator/ from the notebooks
 # make notebooks  execute the notebooks and store what they print and draw
 # make docs       write the documentation site to _docs/, without Quarto; with npm also the page that rotates in the browser
@@ -15,15 +16,18 @@ INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 # Notebooks and tests run side by side; more threads than cores would only make them wait for each other.
-test notebooks: export OMP_NUM_THREADS ?= 1
+test quick notebooks: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test export notebooks docs readme clean
+.PHONY: demo test quick export notebooks docs readme clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/radrotator demo -o demo $(if $(CT),--ct "$(CT)") $(if $(RADIOGRAPH),--radiograph "$(RADIOGRAPH)")
 
 test: $(DEV)
 	$(PY) -m pytest tests -n 2 --dist worksteal -ra
+
+quick: $(DEV)
+	$(PY) -m pytest tests --quick -n 2 --dist worksteal -q
 
 export: $(DEV)
 	$(VENV)/bin/nbdev_export

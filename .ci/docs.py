@@ -4,8 +4,8 @@
     python .ci/docs.py --to FOLDER    elsewhere
     python .ci/docs.py --prepare      nbdev's part alone, into _proc/: what Quarto then renders
 
-Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs but those
-that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
+Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs
+but those that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
 """
 import argparse, ast, base64, html, itertools, json, os, re, shutil, sys, tempfile
 from dataclasses import dataclass, field
@@ -18,8 +18,27 @@ from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 
 ROOT, SITE = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent/"site"
+NOTEBOOKS = ROOT/"nbs"
 PICTURES = {"image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp"}
 DIRECTIVE = re.compile(r"#\s*\|\s*([\w-]+):?\s*(.*)")
+METHOD = re.compile(r"^#\s*\|\s*exporti\b(?=[^@]*\n@patch\b[^\n]*\ndef [a-z])")  # one that a class is given by @patch
+
+
+# ---- the menu --------------------------------------------------------------------------------------------------------
+
+def linked(item):
+    "The page that an entry of _quarto.yml leads to, and what it is called there where that is not its title"
+    return (item, "") if isinstance(item, str) else (item["href"], item.get("text", ""))
+
+
+def sections_of(sidebar):
+    "The sections of the sidebar, (title, entries), as Quarto makes them: a glob is its files in order of their names"
+    for item in sidebar["contents"]:
+        if isinstance(item, str) or "href" in item: yield "", [linked(item)]
+        elif isinstance(item["contents"], str):
+            found = sorted(path.relative_to(NOTEBOOKS).as_posix() for path in NOTEBOOKS.glob(item["contents"]))
+            yield item["section"], [(name, "") for name in found]
+        else: yield item["section"], [linked(entry) for entry in item["contents"]]
 
 
 # ---- nbdev's part ----------------------------------------------------------------------------------------------------
@@ -34,7 +53,8 @@ def outward(text, folder, settings):
 
 
 def ready(notebook):
-    "A notebook that nbdev takes as it is meant: only the title goes into the front matter, and no cell runs for the import in it if it does more than import"
+    """A notebook that nbdev takes as it is meant: only the title goes into the front matter, methods are shown with
+    their class, and no cell runs for the import in it if it does more than import"""
     nb = json.loads(notebook)
     first = next(cell for cell in nb["cells"] if cell["cell_type"] == "markdown")
     title, rest = re.match(r"(#[^\n]*\n*(?:>[^\n]*\n*)?)(.*)", "".join(first["source"]), re.DOTALL).groups()
@@ -42,21 +62,28 @@ def ready(notebook):
     if rest: nb["cells"].insert(nb["cells"].index(first) + 1, dict(cell_type="markdown", metadata={}, source=rest))
     for cell in nb["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or "import" not in source or re.search(r"^#\s*\|\s*export", source, re.MULTILINE): continue
-        if not all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in ast.parse(source).body): cell["source"] = "#| eval: false\n" + source
+        if cell["cell_type"] != "code": continue
+        if METHOD.match(source): cell["source"] = METHOD.sub("#| export", source)
+        if "import" not in source or re.search(r"^#\s*\|\s*export", source, re.MULTILINE): continue
+        if not all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in ast.parse(source).body):
+            cell["source"] = "#| eval: false\n" + source
     return json.dumps(nb)
 
 
-def prepare(notebooks, to):
-    "Process copies of these notebooks (names below nbs/) as nbdev does for Quarto, so that the checkout stays as it is; nbdev's settings"
+def prepare(sections, to):
+    "Process copies of these sections' notebooks as nbdev does for Quarto, so that the checkout stays as it is; settings"
     from nbdev.serve import proc_nbs
+    notebooks = [name for _, entries in sections for name, _ in entries]
+    made = {}
     if to.exists(): shutil.rmtree(to)
     with tempfile.TemporaryDirectory() as folder:
         copy, home = Path(folder), Path.cwd()
         settings = (ROOT/"settings.ini").read_text(encoding="utf-8")
-        (copy/"settings.ini").write_text(settings.replace("[DEFAULT]", "[DEFAULT]\nrenderer = signatures.Signature", 1), encoding="utf-8")
+        settings = settings.replace("[DEFAULT]", "[DEFAULT]\nrenderer = signatures.Signature", 1)
+        (copy/"settings.ini").write_text(settings, encoding="utf-8")
         shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns("*.ipynb", ".*"))
-        for name in notebooks: (copy/"nbs"/name).write_text(ready((ROOT/"nbs"/name).read_text(encoding="utf-8")), encoding="utf-8")
+        for name in notebooks:
+            (copy/"nbs"/name).write_text(ready((NOTEBOOKS/name).read_text(encoding="utf-8")), encoding="utf-8")
         os.chdir(copy)
         try:
             proc_nbs(n_workers=0)
@@ -66,9 +93,56 @@ def prepare(notebooks, to):
     for name in notebooks:
         nb = json.loads((to/name).read_text(encoding="utf-8"))
         for cell in nb["cells"]:
-            if cell["cell_type"] == "markdown": cell["source"] = outward("".join(cell["source"]), PurePosixPath(name).parent, settings)
-        (to/name).write_text(json.dumps(nb), encoding="utf-8")
+            if cell["cell_type"] == "markdown":
+                cell["source"] = outward("".join(cell["source"]), PurePosixPath(name).parent, settings)
+        made[name] = nb
+    add_names(made, sections)
+    for name, nb in made.items(): (to/name).write_text(json.dumps(nb), encoding="utf-8")
     return settings
+
+
+def defined(nb):
+    "What a processed notebook shows the signature of, classes first: {name: (its first line, {method: anchor})}"
+    names = {}
+    for output in itertools.chain.from_iterable(cell.get("outputs", []) for cell in nb["cells"]):
+        text = "".join(output.get("data", {}).get("text/markdown", ""))
+        if "::: {.signature}" not in text: continue
+        heading, *parts = text.split("\n\n")
+        symbol = heading.lstrip("# ")
+        name, _, method = symbol.partition(".")
+        words = (part for part in parts if not re.match(r":::|```|\[source\]|\[[^]]*\]\{", part))
+        if name in names: names[name][1][method] = symbol.lower()
+        else: names[symbol] = next(words, "").replace("\n", " "), {}  # or a method of a class of another room
+        anchors = re.findall(r"\{\.parameter #(\S+)\}", text)  # of the methods that stand in the class's own cell
+        for anchor in anchors: names[name][1][anchor.partition(".")[2]] = anchor
+    return dict(sorted(names.items(), key=lambda found: found[0][0].islower()))
+
+
+def rows_of(names):
+    "The list of names for the top of their page"
+    for symbol, (summary, methods) in names.items():
+        more = " ".join(f"[`.{method}`](#{anchor})" for method, anchor in methods.items())
+        yield f"[`{symbol}`](#{symbol.lower()})\n:   {f'{summary} {more}'.strip() or '&nbsp;'}"
+
+
+def name_list(rows): return markdown_cell("\n\n".join(["::: {.names}", *rows, ":::"]))
+
+
+def add_names(made, sections):
+    "Put a list of its public names at the top of every page that has some, and all of them on the page of the API"
+    for title, entries in sections:
+        rooms = []
+        for name, _ in entries:
+            cells, names = made[name]["cells"], defined(made[name])
+            if not names: continue
+            cells.insert(1, name_list(rows_of(names)))
+            front = yaml.safe_load("".join(cells[0]["source"]).strip().strip("-"))
+            links = " ".join(f"[`{symbol}`]({name}#{symbol.lower()})" for symbol in names)
+            rooms.append(f"[{front['title']}]({name})\n:   {links}")
+        if rooms: made.get("api.ipynb", dict(cells=[]))["cells"] += [markdown_cell(f"## {title}"), name_list(rooms)]
+
+
+def markdown_cell(text): return dict(cell_type="markdown", metadata={}, source=text)
 
 
 # ---- from notebook to page -------------------------------------------------------------------------------------------
@@ -77,7 +151,8 @@ def prepare(notebooks, to):
 class Page:
     "A notebook on its way to HTML"
     notebook: str        # below nbs/
-    group: str           # of the sidebar
+    group: str = ""      # section of the sidebar
+    label: str = ""      # in the sidebar, where it is not the title
     title: str = ""
     description: str = ""
     sections: list = field(default_factory=list)  # anchor, heading, class, words
@@ -102,7 +177,8 @@ def directives(source):
     "A cell's `#| name: value` lines, and the rest of it"
     lines = source.splitlines()
     found = dict(match.groups() for match in map(DIRECTIVE.match, lines) if match)
-    return {name: yaml.safe_load(value) for name, value in found.items()}, "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
+    rest = "\n".join(line for line in lines if not DIRECTIVE.match(line))
+    return {name: yaml.safe_load(value) for name, value in found.items()}, rest.strip("\n")
 
 
 def shown(output, options, save):
@@ -113,9 +189,11 @@ def shown(output, options, save):
     if "text" in output: return fence("".join(output["text"]).rstrip(), "output")
     for kind in PICTURES.keys() & data.keys():
         alt = f" fig-alt={json.dumps(options['fig-alt'])}" if "fig-alt" in options else ""
-        return f"![{options.get('fig-cap', '')}]({save(base64.b64decode(data[kind]), PICTURES[kind])}){{{label}{alt}}}".removesuffix("{}")
+        file = save(base64.b64decode(data[kind]), PICTURES[kind])
+        return f"![{options.get('fig-cap', '')}]({file}){{{label}{alt}}}".removesuffix("{}")
     if "text/html" in data: return f"```{{=html}}\n{data['text/html']}\n```"
-    if "text/markdown" in data: return data["text/markdown"] + (f"\n\n: {options['tbl-cap']} {{{label}}}" if "tbl-cap" in options else "")
+    caption = f"\n\n: {options['tbl-cap']} {{{label}}}" if "tbl-cap" in options else ""
+    if "text/markdown" in data: return data["text/markdown"] + caption
     return fence(data.get("text/plain", ""), "output")
 
 
@@ -138,7 +216,8 @@ def markdown(page, nb, folder):
             options, source = directives(source)
             if options.get("include") is False: continue
             if source and options.get("echo") is not False: yield fence(source, "python")
-            if options.get("output") is not False: yield from (shown(output, options, save) for output in cell["outputs"])
+            if options.get("output") is False: continue
+            for output in cell["outputs"]: yield shown(output, options, save)
 
 
 def number(soup, prefix, word):
@@ -184,30 +263,41 @@ def sections(soup):
     for heading in soup.select("h2[id], h3[id]"):
         following = list(itertools.takewhile(lambda part: part.name not in ("h2", "h3"), heading.find_next_siblings()))
         symbol = bool(following) and "signature" in following[0].get("class", [])
-        yield heading["id"], heading.get_text(), heading.name + " symbol"*symbol, " ".join(" ".join(part.get_text() for part in following).removeprefix("\nsource").split())
+        words = " ".join(part.get_text() for part in following).removeprefix("\nsource")
+        yield heading["id"], heading.get_text(), heading.name + " symbol"*symbol, " ".join(words.split())
 
 
 def body_of(page, nb, folder, settings):
     "The page's text as HTML, with what pandoc leaves to Quarto done"
     import pypandoc
-    made = pypandoc.convert_text("\n\n".join(markdown(page, nb, folder)), "html5", format="markdown+autolink_bare_uris", extra_args=["--mathml", "--wrap=none", "--columns=9999"])
+    made = pypandoc.convert_text("\n\n".join(markdown(page, nb, folder)), "html5", format="markdown+autolink_bare_uris",
+                                 extra_args=["--mathml", "--wrap=none", "--columns=9999"])
     soup = BeautifulSoup(made, "html.parser")
     for anchor in soup.select("pre a[aria-hidden]"): anchor.decompose()  # one for each line of code
     for caption in soup.select("figcaption"): del caption["aria-hidden"]
     for prefix, word in (("fig", "Figure"), ("tbl", "Table")): number(soup, prefix, word)
     relink(soup, page, settings.doc_host + settings.doc_baseurl + "/")
     for box in soup.select("[class*=callout-]"): call_out(soup, box)
-    for wide in soup.select("table, math[display=block]"): wide.wrap(soup.new_tag("div" if wide.name == "table" else "span", attrs={"class": "scroll"}))
+    for wide in soup.select("table, math[display=block]"):
+        wide.wrap(soup.new_tag("div" if wide.name == "table" else "span", attrs={"class": "scroll"}))
     page.sections = list(sections(soup))
     return soup
 
 
 # ---- around the text -------------------------------------------------------------------------------------------------
 
-def listed(page, pages, links):
-    "Links to pages as a list"
-    rows = (f'<li><a href="{page.to(p.href)}"{" aria-current=page" if p is page else ""}>{html.escape(p.title)}</a></li>' for p in pages if p.notebook in links)
-    return f"<ul>{''.join(rows)}</ul>"
+def link(page, other, words=""):
+    "A link from one page to another"
+    current = " aria-current=page"*(other is page)
+    return f'<a href="{page.to(other.href)}"{current}>{html.escape(words or other.label or other.title)}</a>'
+
+
+def sidebar_of(page, groups):
+    "The sections of the menu, folded but for the one that the page is in"
+    for title, pages in groups:
+        rows = "".join(f"<li>{link(page, other)}</li>" for other in pages)
+        if not title: yield f"<ul>{rows}</ul>"
+        else: yield f"<details{' open'*(page in pages)}><summary>{title}</summary><ul>{rows}</ul></details>"
 
 
 def contents(page):
@@ -216,26 +306,36 @@ def contents(page):
     return f"<ul>{''.join(rows)}</ul>"
 
 
-def named(items):
-    "The notebooks that an entry of _quarto.yml lists"
-    return [item if isinstance(item, str) else item["href"] for item in items]
+def step(page, pages, by, name):
+    "A link to the page before or after"
+    at = pages.index(page) + by
+    return link(page, pages[at]).replace("<a ", f"<a class={name} rel={name} ", 1) if 0 <= at < len(pages) else ""
 
 
-def write_page(page, pages, soup, website, settings, folder):
+def write_page(page, groups, soup, website, settings, folder):
     "The text in its frame"
-    at = pages.index(page)
-    menus = "".join(f"<details name=menu><summary>{group['text']}</summary>{listed(page, pages, named(group['menu']))}</details>" for group in website["navbar"]["left"])
-    groups = list(dict.fromkeys(p.group for p in pages))
-    sidebar = "".join(f"<h2>{group}</h2>{listed(page, pages, [p.notebook for p in pages if p.group == group])}" for group in groups)
-    step = lambda i, name: f'<a class={name} rel={name} href="{page.to(pages[i].href)}">{html.escape(pages[i].title)}</a>' if 0 <= i < len(pages) else ""
-    name = page.title if page.title == website["title"] else f"{page.title} – {website['title']}"
+    pages = [other for _, others in groups for other in others]
+    at = {other.notebook: other for other in pages}
+    bar = [linked(item) for item in website["navbar"]["left"]]
+    home = page.title == website["title"]
     text = Template((SITE/"page.html").read_text(encoding="utf-8")).substitute(
-        name=html.escape(name), title=html.escape(page.title), site=html.escape(website["title"]), description=html.escape(page.description), root="../"*page.href.count("/"),
-        home=page.to("index.html"), menus=menus, sidebar=sidebar, contents=contents(page), body=soup, repo=website["repo-url"], group="" if page.title == website["title"] else page.group,
-        source=f"{settings.git_url}/blob/{settings.branch}/nbs/{page.notebook}", previous=step(at - 1, "prev"), next=step(at + 1, "next"))
+        name=html.escape(page.title if home else f"{page.title} – {website['title']}"),
+        title=html.escape(page.title), site=html.escape(website["title"]), group="" if home else page.group,
+        description=html.escape(page.description), root="../"*page.href.count("/"), home=page.to("index.html"),
+        bar="".join(link(page, at[href], words) for href, words in bar), sidebar="".join(sidebar_of(page, groups)),
+        contents=contents(page), body=soup, repo=website["repo-url"],
+        source=f"{settings.git_url}/blob/{settings.branch}/nbs/{page.notebook}",
+        previous=step(page, pages, -1, "prev"), next=step(page, pages, 1, "next"))
     path = folder/page.href
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def search_entries(pages):
+    "What a search looks through: (address, title, heading, words)"
+    for page in pages:
+        yield page.href, page.title, "", page.description
+        for id, heading, _, words in page.sections: yield f"{page.href}#{id}", page.title, heading, words[:2000]
 
 
 def write_rotator(folder):
@@ -253,17 +353,20 @@ def unlink_rotator(texts):
         for link in soup.select('a[href$="rotate.html"]'): link.unwrap()
 
 
-def render(website, proc, folder, settings):
+def render(sections, website, proc, folder, settings):
     "Every page, and what a search looks through"
-    pages = [Page(name, group["section"]) for group in website["sidebar"]["contents"] for name in named(group["contents"])]
-    texts = [body_of(page, json.loads((proc/page.notebook).read_text(encoding="utf-8")), folder, settings) for page in pages]
+    groups = [(title, [Page(name, title, label) for name, label in entries]) for title, entries in sections]
+    pages = [page for _, others in groups for page in others]
+    notebooks = [json.loads((proc/page.notebook).read_text(encoding="utf-8")) for page in pages]
+    texts = [body_of(page, nb, folder, settings) for page, nb in zip(pages, notebooks)]
     unlink_missing(pages, texts)
     if not write_rotator(folder): unlink_rotator(texts)
-    for page, soup in zip(pages, texts): write_page(page, pages, soup, website, settings, folder)
-    entries = [[page.href + f"#{id}"*bool(id), page.title, heading, words[:2000]] for page in pages for id, heading, *_, words in [("", "", page.description), *page.sections]]
-    (folder/"search.js").write_text(f"const SEARCH = {json.dumps(entries, ensure_ascii=False)}", encoding="utf-8")
+    for page, soup in zip(pages, texts): write_page(page, groups, soup, website, settings, folder)
+    found = json.dumps([*search_entries(pages)], ensure_ascii=False)
+    (folder/"search.js").write_text(f"const SEARCH = {found}", encoding="utf-8")
     shutil.copy(SITE/"site.js", folder)
-    (folder/"site.css").write_text((SITE/"site.css").read_text(encoding="utf-8") + (proc/"styles.css").read_text(encoding="utf-8"), encoding="utf-8")
+    style = (SITE/"site.css").read_text(encoding="utf-8") + (proc/"styles.css").read_text(encoding="utf-8")
+    (folder/"site.css").write_text(style, encoding="utf-8")
     shutil.copytree(proc/"images", folder/"images", dirs_exist_ok=True)
     return pages
 
@@ -274,15 +377,15 @@ def main():
     parser.add_argument("--prepare", action="store_true", help="write _proc/ for Quarto and stop")
     args = parser.parse_args()
     website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
-    notebooks = named(name for group in website["sidebar"]["contents"] for name in group["contents"])
+    sections = list(sections_of(website["sidebar"]))
     if args.prepare:
-        prepare(notebooks, ROOT/"_proc")
+        prepare(sections, ROOT/"_proc")
         return write_rotator(ROOT/"_proc")
     with tempfile.TemporaryDirectory() as folder:
-        settings = prepare(notebooks, Path(folder)/"proc")
+        settings = prepare(sections, Path(folder)/"proc")
         if (args.to/"search.js").exists(): shutil.rmtree(args.to)  # an older site, and nothing else
         args.to.mkdir(parents=True, exist_ok=True)
-        pages = render(website, Path(folder)/"proc", args.to.resolve(), settings)
+        pages = render(sections, website, Path(folder)/"proc", args.to.resolve(), settings)
     print(f"{len(pages)} pages: {args.to/'index.html'}")
 
 

@@ -163,12 +163,23 @@ def write_enhanced(path, ct, order=None, **macros):
     return save_dicom(ds, path)
 
 
-def write_nifti_file(path, ct, sform=1, qform=1, hu=None, **fields):
-    "A CT as NIfTI by nibabel, with some header fields spoilt; the path"
-    image = nib.Nifti1Image((ct.hu if hu is None else hu).astype(np.int16), ct.affine)
-    image.set_sform(ct.affine if sform else None, sform)
-    image.set_qform(ct.affine if qform else None, qform)
-    for name, value in fields.items(): image.header[name] = value
-    data = image.to_bytes()
+# ---- NIfTI -----------------------------------------------------------------------------------------------------------
+
+def nifti_bytes(stored, affine, kind=nib.Nifti1Image, sform=1, qform=1, **fields):
+    "A NIfTI file by nibabel, as bytes, with some header fields overwritten, whatever nibabel thinks of them"
+    image = kind(stored.astype(np.int16), affine)
+    image.set_sform(affine if sform else None, sform)
+    image.set_qform(affine if qform else None, qform)
+    data = bytearray(image.to_bytes())
+    form = nib.Nifti1Header if kind is nib.Nifti1Image else nib.Nifti2Header
+    header = form(bytes(data[:form.template_dtype.itemsize]), check=False)
+    for name, value in fields.items(): header[name] = value
+    data[:len(header.binaryblock)] = header.binaryblock
+    return bytes(data)
+
+
+def write_nifti_file(path, ct, hu=None, **options):
+    "A CT as NIfTI, or its place with other values; the path"
+    data = nifti_bytes(ct.hu if hu is None else hu, ct.affine, **options)
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path

@@ -1,5 +1,5 @@
 """Bad files by the hundred: each is refused in one sentence, without a traceback or a word of what its header says."""
-import gzip, io, logging, os, struct, zlib
+import gzip, io, logging, os, struct, warnings, zlib
 
 import imagecodecs
 import nibabel as nib
@@ -10,10 +10,11 @@ import tifffile
 from PIL import Image
 from pydicom import uid
 
-from helpers import PATIENT, dicom_bytes
+from helpers import PATIENT, dicom_bytes, nifti_bytes, write_series
 from radrotator.core import RadRotatorError
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.read import read_ct
+from radrotator.ct.volume import CT
 from radrotator.radiograph.image import Radiograph
 from radrotator.radiograph.read import read_radiograph
 
@@ -50,15 +51,7 @@ def dicom(modality="DX", stored=NOISE, **options):
 
 def nifti(shape=(24, 20, 16), kind=nib.Nifti1Image, **header):
     "A NIfTI file, as bytes"
-    image = kind(np.random.default_rng(0).integers(-1000, 1500, shape).astype(np.int16), np.diag([1.0, 1, 2, 1]))
-    image.set_qform(image.affine, 1)
-    image.set_sform(image.affine, 1)
-    data = bytearray(image.to_bytes())
-    empty = nib.Nifti1Header if kind is nib.Nifti1Image else nib.Nifti2Header
-    spoilt = empty(bytes(data[:empty.template_dtype.itemsize]), check=False)
-    for key, value in header.items(): spoilt[key] = value
-    data[:len(spoilt.binaryblock)] = spoilt.binaryblock
-    return bytes(data)
+    return nifti_bytes(np.random.default_rng(0).integers(-1000, 1500, shape), np.diag([1.0, 1, 2, 1]), kind, **header)
 
 
 def refused(reader, path, *also_hidden):
@@ -110,7 +103,7 @@ def test_whole_pictures_are_read_and_cut_ones_refused(tmp_path, name):
     assert read_radiograph(path).shape == (64, 48)
     for data in cuts(PICTURES[name], last=(13, 100)):
         path.write_bytes(data)
-        refused(read_radiograph, path)
+        assert refused(read_radiograph, path) == "UNREADABLE"
 
 
 @pytest.mark.parametrize("name", DICOMS)
@@ -121,7 +114,7 @@ def test_whole_dicom_is_read_and_cut_refused(tmp_path, name):
     assert whole.shape == (64, 48)
     for data in cuts(DICOMS[name], last=(13, 100)):
         path.write_bytes(data)
-        refused(read_radiograph, path)
+        assert refused(read_radiograph, path) == "UNREADABLE"
 
 
 @pytest.mark.parametrize("name", NIFTIS)
@@ -131,7 +124,7 @@ def test_whole_nifti_is_read_and_cut_refused(tmp_path, name):
     assert read_ct(path).shape == (24, 20, 16)
     for data in cuts(NIFTIS[name]):
         path.write_bytes(data)
-        refused(read_ct, path)
+        assert refused(read_ct, path) == "UNREADABLE"
 
 
 @pytest.mark.parametrize("name", NIFTIS)
@@ -166,29 +159,30 @@ def test_damaged_radiographs_are_read_or_refused(tmp_path, name):
         except RadRotatorError as error: assert "\n" not in str(error) and "Secret" not in str(error)
 
 
-HEADERS = {
-    "no rows": dict(Rows=0),
-    "huge": dict(Rows=65535, Columns=65535),
-    "wide": dict(Columns=20000),
-    "frames": dict(NumberOfFrames=1000),
-    "bits": dict(BitsAllocated=64),
-    "no bits": dict(BitsAllocated=0),
-    "samples": dict(SamplesPerPixel=200),
-    "colour": dict(PhotometricInterpretation="SECRET"),
-    "MR": dict(modality="MR"),
-    "CT": dict(modality="CT"),
-    "report": dict(modality="SR"),
-    "long": dict(modality="SECRET NAME", Rows=0),
-    "slope": dict(RescaleSlope=float("nan"), RescaleIntercept=0),
-    "even": dict(stored=np.full((64, 48), 7, np.uint16)),
-    "narrow": dict(stored=np.zeros((64, 2), np.uint16)),
+HEADERS = {  # what a header says, and the code that it gets
+    "no rows": (dict(Rows=0), "UNREADABLE"),
+    "huge": (dict(Rows=65535, Columns=65535), "TOO_LARGE"),
+    "wide": (dict(Columns=20000), "UNREADABLE"),
+    "frames": (dict(NumberOfFrames=1000), "WHICH_FRAME"),
+    "bits": (dict(BitsAllocated=64), "UNREADABLE"),
+    "no bits": (dict(BitsAllocated=0), "UNREADABLE"),
+    "samples": (dict(SamplesPerPixel=200), "UNREADABLE"),
+    "colour": (dict(PhotometricInterpretation="SECRET"), "UNREADABLE"),
+    "MR": (dict(modality="MR"), "NOT_A_RADIOGRAPH"),
+    "CT": (dict(modality="CT"), "NOT_A_RADIOGRAPH"),
+    "report": (dict(modality="SR"), "NOT_A_RADIOGRAPH"),
+    "long": (dict(modality="SECRET NAME", Rows=0), "UNREADABLE"),
+    "slope": (dict(RescaleSlope=float("nan"), RescaleIntercept=0), "BLANK"),
+    "even": (dict(stored=np.full((64, 48), 7, np.uint16)), "BLANK"),
+    "narrow": (dict(stored=np.zeros((64, 2), np.uint16)), "TOO_SMALL"),
 }
 
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers_that_lie(tmp_path, name):
-    (tmp_path/"a.dcm").write_bytes(dicom(**HEADERS[name]))
-    refused(read_radiograph, tmp_path/"a.dcm", "SECRET")
+    header, code = HEADERS[name]
+    (tmp_path/"a.dcm").write_bytes(dicom(**header))
+    assert refused(read_radiograph, tmp_path/"a.dcm", "SECRET") == code
 
 
 def test_no_pixels(tmp_path):
@@ -315,50 +309,46 @@ def test_no_file_at_all(tmp_path, reader):
     refused(reader, str(tmp_path/("a" * 300)))
 
 
+NOISY = CT(np.random.default_rng(0).integers(-1024, 1976, (24, 20, 6)).astype(np.float32), np.diag([1.0, 1, 2, 1]))
+
+
 def series(folder, **spoilt):
     "Six CT slices, the third with some header fields spoilt"
-    folder.mkdir()
-    stored = np.random.default_rng(0).integers(0, 3000, (20, 24)).astype(np.uint16)
-    header = dict(
-        ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-        PixelSpacing=[1, 1],
-        SeriesInstanceUID="1.2.3",
-        RescaleSlope=1,
-        RescaleIntercept=-1024,
-        ImageType=["ORIGINAL", "PRIMARY", "AXIAL"],
-    )
-    for k in range(6):
-        facts = header | dict(ImagePositionPatient=[0, 0, 2.0*k]) | (spoilt if k == 2 else {})
-        (folder/f"{k}.dcm").write_bytes(dicom("CT", stored, **facts))
-    return folder
+    def spoil(k, ds):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's, of values that are wrong on purpose
+            for name, value in spoilt.items():
+                if k == 2: setattr(ds, name, value)
+    return write_series(folder, NOISY, spoil=spoil)
 
 
-SLICES = {
-    "moved": dict(ImagePositionPatient=[0, 0, 4.7]),
-    "twice": dict(ImagePositionPatient=[0, 0, 2]),
-    "nan": dict(ImagePositionPatient=[0, 0, float("nan")]),
-    "two numbers": dict(ImagePositionPatient=[0, 4]),
-    "localizer": dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
-    "no place": dict(ImagePositionPatient=None),
-    "series": dict(SeriesInstanceUID="1.2.4"),
-    "slope": dict(RescaleSlope=0),
-    "frames": dict(NumberOfFrames=5),
-    "bits": dict(BitsAllocated=7),
-    "huge": dict(Rows=60000, Columns=60000),
+SLICES = {  # what the header of one slice says, and the code that the series gets
+    "moved": (dict(ImagePositionPatient=[0, 0, 4.7]), "UNEVEN_SLICES"),
+    "twice": (dict(ImagePositionPatient=[0, 0, 2]), "DUPLICATE_SLICES"),
+    "nan": (dict(ImagePositionPatient=[0, 0, float("nan")]), "BAD_GEOMETRY"),
+    "two numbers": (dict(ImagePositionPatient=[0, 4]), "UNREADABLE"),
+    "localizer": (dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "MISSING_SLICES"),
+    "no place": (dict(ImagePositionPatient=None), "MISSING_SLICES"),
+    "series": (dict(SeriesInstanceUID="1.2.4"), "MIXED_SERIES"),
+    "slope": (dict(RescaleSlope=0), "NOT_HU"),
+    "frames": (dict(NumberOfFrames=5), "MULTI_FRAME"),
+    "bits": (dict(BitsAllocated=7), "UNREADABLE"),
+    "huge": (dict(Rows=60000, Columns=60000), "MISSING_SLICES"),
 }
 
 
 @pytest.mark.parametrize("name", SLICES)
 def test_one_bad_slice(tmp_path, name):
+    spoilt, code = SLICES[name]
     assert read_ct(series(tmp_path/"good")).shape == (24, 20, 6)
-    refused(read_ct, series(tmp_path/"bad", **SLICES[name]))
+    assert refused(read_ct, series(tmp_path/"bad", **spoilt)) == code
 
 
 def test_cut_slices(tmp_path):
-    whole = (series(tmp_path/"a")/"2.dcm").read_bytes()
+    whole = (series(tmp_path/"a")/"IM0002").read_bytes()
     for data in cuts(whole, last=(13, 100)):
-        (tmp_path/"a"/"2.dcm").write_bytes(data)
-        refused(read_ct, tmp_path/"a")
+        (tmp_path/"a"/"IM0002").write_bytes(data)
+        assert refused(read_ct, tmp_path/"a") in ("UNREADABLE", "MISSING_SLICES")
 
 
 def test_what_is_beside_a_series_does_no_harm(tmp_path):

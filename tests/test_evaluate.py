@@ -1,21 +1,21 @@
 """The judge as a command: one process or several, whatever is not to be judged, and what a report must not say."""
-import json, os, re, socket, subprocess, sys
+import json, os, re, subprocess, sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from processes import QUIET, noting, ranks, serving
+from radrotator.app import console
 from radrotator.cli import main
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.read import read_ct
-from radrotator.phantom.phantom import phantom
 from radrotator.model.unet import UNet, UNetConfig
 from radrotator.model.weights import save_weights
+from radrotator.phantom.phantom import phantom
 
-ROOT = Path(__file__).parents[1]
-QUIET = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT)))
 FEW = "--set angles=0,12 --set compound=1 --set style=0 --set frames=5 --set seeds=2 --set fine=0".split()
 NAMES = "Mustermann_Erika_1950", "Doe_John_1948"
 
@@ -50,33 +50,36 @@ def evaluate(out, *words):
 def read_report(folder): return json.loads((folder/"report.json").read_text())
 
 
-def refusal(capsys, out, *words):
-    "What the command says as it refuses, in one sentence"
-    assert evaluate(out, *words) == 2
-    text = capsys.readouterr().err
-    assert text and "Traceback" not in text and text.splitlines()[-1].startswith("radrotator: ")
-    half_written = [path for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)]
-    assert not half_written
-    return text
+@pytest.fixture
+def refuse(capsys, monkeypatch):
+    "A function that asks for what is refused: it costs one line that has some values in it, and writes nothing"
+    names = []
+    monkeypatch.setattr(console, "format_error", noting(console.format_error, names.append))
+    def refuse(expected, out, *words):
+        name, *values = expected.split()
+        assert evaluate(out, *words) == 2
+        text = capsys.readouterr().err
+        assert "Traceback" not in text and text.splitlines()[-1].startswith("radrotator: ")
+        assert name in ("*", names[-1]), (names, text)
+        assert all(value in text for value in values), text
+        assert not [path for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)]
+    return refuse
 
 
-def start(out, weights, cts, **environment):
-    "The command in a process of its own"
-    words = ["--cts", str(cts), "--phantoms", "1", "--weights", str(weights), "--device", "cpu", *FEW]
-    command = [sys.executable, "-m", "radrotator.cli", "evaluate", "-o", str(out), *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=os.environ | QUIET | environment, stdout=pipe, stderr=pipe, text=True)
+def prepare(): main(["evaluate", "--help"])
+
+
+def command(out, weights, cts):
+    words = ["--cts", cts, "--phantoms", 1, "--weights", weights, "--device", "cpu", *FEW]
+    return partial(main, ["evaluate", "-o", str(out), *map(str, words)])
 
 
 def test_two_processes_find_what_one_finds(weights, cts, tmp_path):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    together = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    running = [start(tmp_path/"two", weights, cts, **together, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
-    running.append(start(tmp_path/"one", weights, cts))
-    texts = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0]*3, texts
+    with serving(tmp_path, prepare) as server:
+        running = [server.start(command(tmp_path/"two", weights, cts), env=rank) for rank in ranks(2)]
+        running.append(server.start(command(tmp_path/"one", weights, cts)))
+        ended = [server.end(process) for process in running]
+    assert [process.status for process in ended] == [0]*3, ended
     one, two = (read_report(tmp_path/name) for name in ("one", "two"))
     assert one["groups"] == two["groups"]
     assert (one["about"]["processes"], two["about"]["processes"]) == (1, 2)
@@ -86,36 +89,35 @@ def test_two_processes_find_what_one_finds(weights, cts, tmp_path):
     patients = [patient for group in real for patient in one["groups"][group]["patients"]]
     assert list(one["groups"]) == [*real, "phantoms"] and sorted(patients) == ["CT 1", "CT 2"]
     page = (tmp_path/"one"/"report.html").read_text()
-    everything = texts[2][1] + page + json.dumps(one)
+    everything = ended[2].err + page + json.dumps(one)
     assert not any(name in everything for name in ("Mustermann", "Doe_John"))
-    assert str(tmp_path.parent) not in page + json.dumps(one)              # nor where things lie on this machine
+    assert str(tmp_path.parent) not in page + json.dumps(one)  # nor where things lie on this machine
 
 
-def test_whatever_cannot_be_judged_is_refused(weights, tmp_path, capsys):
-    (tmp_path/"there").mkdir()
-    (tmp_path/"empty").mkdir()
+def test_whatever_cannot_be_judged_is_refused(weights, tmp_path, refuse):
+    for name in ("there", "empty"): (tmp_path/name).mkdir()
     (tmp_path/"text.npz").write_text("no surfaces")
-    def case(*words): return refusal(capsys, tmp_path/"report", *words)
-    case("--weights", weights)                                             # no patient to judge it on
-    case("--weights", tmp_path/"none.safetensors", "--phantoms", 1)
-    case("--weights", weights, "--cts", tmp_path/"empty")
-    assert "text.npz" in case("--weights", weights, "--bones", tmp_path/"text.npz")
-    wrong = {"angle=3": "'angle'", "seeds=many": "'many'", "angles=3,30": "angles = (3, 30)", "seeds=-1": "seeds = -1"}
-    for setting, quoted in wrong.items():
-        assert quoted in case("--weights", weights, "--phantoms", 1, "--set", setting)
-    assert main(["evaluate", "-o", str(tmp_path/"there"), "--phantoms", "1", "--weights", str(weights)]) == 2
+    def case(expected, *words): refuse(expected, tmp_path/"report", *words)
+    case("NO_PATIENTS", "--weights", weights)
+    case("NO_WEIGHTS none.safetensors", "--weights", tmp_path/"none.safetensors", "--phantoms", 1)
+    case("* empty", "--weights", weights, "--cts", tmp_path/"empty")
+    case("NOT_AN_ATLAS text.npz", "--weights", weights, "--bones", tmp_path/"text.npz")
+    wrong = {"angle=3": "* 'angle'", "seeds=many": "* 'many'", "angles=3,30": "PROTOCOL 30", "seeds=-1": "PROTOCOL -1"}
+    for setting, expected in wrong.items():
+        case(expected, "--weights", weights, "--phantoms", 1, "--set", setting)
+    assert evaluate(tmp_path/"there", "--phantoms", 1, "--weights", weights) == 2
     assert not list((tmp_path/"there").iterdir())
 
 
-def test_a_volume_too_short_to_be_judged_is_left_out_by_name(weights, tmp_path, capsys):
+def test_a_volume_too_short_to_be_judged_is_left_out_by_name(weights, tmp_path, capsys, refuse):
     cts = tmp_path/"cts"
     cts.mkdir()
     make_ct(cts/"a.nii.gz", slices=12)
     words = "--cts", cts, "--weights", weights
-    assert "CT 1" in refusal(capsys, tmp_path/"report", *words)
+    refuse("NOBODY_JUDGED CT 1", tmp_path/"report", *words)
     make_ct(cts/"b.nii.gz")
     assert evaluate(tmp_path/"report", *words, *FEW) == 0
-    assert "CT 1 is left out" in capsys.readouterr().err
+    assert "CT 1" in capsys.readouterr().err
     report = read_report(tmp_path/"report")
     (figures,), (left_out,) = report["groups"].values(), report["about"]["left_out"]
     assert figures["patients"] == ["CT 2"] and re.fullmatch("real CT, (soft tissue|bone only), CT 1", left_out)
@@ -128,7 +130,7 @@ def test_real_bodies_and_bones_stand_apart_and_a_broken_file_is_left_out(weights
     for name, soft in (("a", True), ("b", False)): make_ct(cts/f"{name}.nii.gz", soft=soft)
     (cts/"c.nii.gz").write_bytes((cts/"a.nii.gz").read_bytes()[:5000])
     assert evaluate(tmp_path/"report", "--cts", cts, "--weights", weights, *FEW) == 0
-    assert "CT 3 is left out" in capsys.readouterr().err
+    assert "CT 3" in capsys.readouterr().err
     report = read_report(tmp_path/"report")
     patients = {group: figures["patients"] for group, figures in report["groups"].items()}
     assert patients == {"real CT, soft tissue": ["CT 1"], "real CT, bone only": ["CT 2"]}

@@ -19,7 +19,6 @@ MANY = {
 WIDE_ROOMS = """
 """.split()  # lines, names or length
 LARGE_NOTEBOOKS = """
-tutorials/rotate_a_radiograph.ipynb tutorials/train_on_your_ct.ipynb
 """.split()  # kilobytes or cells
 
 

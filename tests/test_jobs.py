@@ -1,4 +1,5 @@
-"""The job scripts of the documentation: they are shell and YAML, every option in them is one that the programs have, and they go back into the queue."""
+"""The job scripts of the documentation: they are shell and YAML, every option in them is one that the programs have,
+and they go back into the queue."""
 import json, os, re, shlex, signal, subprocess, time
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
+from processes import wait_until
 from radrotator.app.console import UsageError
 from radrotator.app.options import parse_settings, parse_shard
 from radrotator.cli import app
@@ -15,14 +17,17 @@ from radrotator.train.run import RunRequest, train_config
 from radrotator.train.machine import assign_pairs
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
-SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "requeue", "open-mode", "output", "array"}  # of its manual
+SBATCH = set(  # of its manual
+    "job-name nodes ntasks-per-node gpus-per-node cpus-per-task mem time signal requeue open-mode output array".split())
 COMMAND = re.compile(r"^(?:srun (?:--\S+ )*)?((?:torchrun|radrotator) .*?)(?: &)?$")
 
 
 def blocks(language):
     "The code blocks of the page in this language"
-    cells = [cell for cell in json.loads(PAGE.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
-    return [block for cell in cells for block in re.findall(rf"^```{language}\n(.*?)^```", "".join(cell["source"]), re.DOTALL | re.MULTILINE)]
+    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
+    block = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return [found for text in texts for found in block.findall(text)]
 
 
 def words(line):
@@ -53,18 +58,26 @@ def in_container(job):
 def jobs(): return [document for document in manifests() if document["kind"] == "Job"]
 
 
-def commands(): return [command for script in blocks("bash") for command in in_shell(script)] + [in_container(job) for job in jobs()]
+def commands():
+    "Every command of the page"
+    scripts = [command for script in blocks("bash") for command in in_shell(script)]
+    return scripts + [in_container(job) for job in jobs()]
+
+
+def of_torchrun(command):
+    "How many processes a command of torchrun starts, and the command that they run"
+    options = get_args_parser().parse_args(command[1:])
+    assert (options.module, options.training_script) == (True, "radrotator.cli")
+    most = int(options.nnodes.split(":")[-1])
+    return most*int(options.nproc_per_node), ["radrotator", *options.training_script_args]
 
 
 def parsed(command):
-    "Options of a command line of ours, and how many processes it is for"
-    processes = 1
-    if command[0] == "torchrun":
-        options = get_args_parser().parse_args(command[1:])
-        assert (options.module, options.training_script) == (True, "radrotator.cli")
-        processes, command = int(options.nnodes.split(":")[-1])*int(options.nproc_per_node), ["radrotator", *options.training_script_args]
+    "Name and options of a command line of ours, and how many processes it is for"
+    processes, command = of_torchrun(command) if command[0] == "torchrun" else (1, command)
     group = typer.main.get_command(app)
-    with group.make_context("radrotator", command[1:]) as context: name, command, rest = group.resolve_command(context, command[1:])
+    with group.make_context("radrotator", command[1:]) as context:
+        name, command, rest = group.resolve_command(context, command[1:])
     return name, command.make_context(name, rest).params, processes
 
 
@@ -74,7 +87,8 @@ def check(command):
     if name == "pairs": parse_shard(given["shard"])
     if name == "train":
         settings = parse_settings(given["settings"])
-        config, _ = train_config(RunRequest(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings))
+        request = RunRequest(preset=given["preset"] or "tiny", seed=0, steps=given["steps"], set=settings)
+        config, _ = train_config(request)
         assign_pairs(config.batch, 0, processes)
 
 
@@ -88,31 +102,71 @@ def test_every_option_is_known(command):
     check(command)
 
 
-@pytest.mark.parametrize("line", ["radrotator train --dta sets -o run", "radrotator trian --data sets -o run", "radrotator train --data sets", "radrotator train --data sets -o run --set unet.haed=warp",
-                                  "radrotator train --data sets -o run --preset huge", "radrotator pairs cts -o sets --shard 51/50", "torchrun --nnodes=8 --nproc-per-node=8 -m radrotator.cli train --data sets -o run --preset paper"])
+WRONG = [
+    "radrotator train --dta sets -o run",
+    "radrotator trian --data sets -o run",
+    "radrotator train --data sets",
+    "radrotator train --data sets -o run --set unet.haed=warp",
+    "radrotator train --data sets -o run --preset huge",
+    "radrotator pairs cts -o sets --shard 51/50",
+    "torchrun --nnodes=8 --nproc-per-node=8 -m radrotator.cli train --data sets -o run --preset paper",
+]
+
+
+@pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_one_is_found(line):
     with pytest.raises((UsageError, RadRotatorError)): check(words(line))
 
 
 def test_a_wrong_option_of_torchrun_is_found(capsys):
-    with pytest.raises(SystemExit): check(words("torchrun --stand-alone --nproc-per-node=8 -m radrotator.cli train --data sets -o run"))
+    line = "torchrun --stand-alone --nproc-per-node=8 -m radrotator.cli train --data sets -o run"
+    with pytest.raises(SystemExit): check(words(line))
+
+
+def number_after(text, script): return re.search(text + r"(\d+)", script)[1]
+
+
+def options_of(script):
+    "What a script tells sbatch"
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", script, re.MULTILINE))
+    assert len(options) == script.count("#SBATCH ") and options.keys() <= SBATCH
+    return options
 
 
 @pytest.mark.parametrize("script", blocks("bash"), ids=lambda script: script.splitlines()[-1][:40])
 def test_scripts_are_shell(script):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", script, re.MULTILINE))
-    assert len(options) == script.count("#SBATCH ") and options.keys() <= SBATCH
-    assert script.startswith("#!/bin/bash\n") == bool(options), "sbatch wants a shell; was its # lost on the way through a percent script?"
-    if "array" in options: assert options["array"].split("-")[1] == re.search(r'SLURM_ARRAY_TASK_ID/(\d+)"', script)[1]
-    if "signal" not in options: return
-    assert options["nodes"] == (re.search(r"--nnodes=(\d+)", script) or (0, "1"))[1] and options["gpus-per-node"] == re.search(r"--nproc-per-node=(\d+)", script)[1]
-    assert int(re.search(r"SHUTDOWN_TIMEOUT=(\d+)", script)[1]) < int(options["signal"].split("@")[1]) - 60  # a minute for the rest of the script
-    assert "requeue" in options and "--resume" in script and script.index("\ntrap ") < script.index("\nsrun ") < script.rindex("\nwait ")
+    options = options_of(script)
+    assert script.startswith("#!/bin/bash\n") == bool(options)  # sbatch wants a shell: a percent script may lose its #
+    if "array" in options: assert options["array"].split("-")[1] == number_after("SLURM_ARRAY_TASK_ID/", script)
 
 
-STUBS = {"srun": 'trap \'sleep 0.3; echo saved >> log; exit 1\' TERM; echo $$ > started; [ -z "$STATUS" ] || exit $STATUS; while :; do sleep 0.02; done',
-         "scancel": 'echo "$@" >> log; kill -TERM $(cat started)', "scontrol": 'if [ "$1" = show ]; then echo node; else echo "$@" >> log; fi'}
+REQUEUEING = [script for script in blocks("bash") if "#SBATCH --signal" in script]
+requeueing = pytest.mark.parametrize("script", REQUEUEING, ids=["one node", "eight nodes"])
+
+
+@requeueing
+def test_a_script_leaves_itself_the_time_to_save(script):
+    options = options_of(script)
+    nodes = number_after("--nnodes=", script) if "--nnodes" in script else "1"
+    assert options["nodes"] == nodes and options["gpus-per-node"] == number_after("--nproc-per-node=", script)
+    seconds = int(options["signal"].split("@")[1])
+    assert int(number_after("SHUTDOWN_TIMEOUT=", script)) < seconds - 60  # a minute for the rest of the script
+    assert "requeue" in options and "--resume" in script
+    assert script.index("\ntrap ") < script.index("\nsrun ") < script.rindex("\nwait ")
+
+
+SRUN = """
+trap 'sleep 0.3; echo saved >> log; exit 1' TERM
+echo $$ > started
+[ -z "$STATUS" ] || exit $STATUS
+while :; do sleep 0.02; done
+"""
+STUBS = {  # of SLURM's commands
+    "srun": SRUN,
+    "scancel": 'echo "$@" >> log; kill -TERM $(cat started)',
+    "scontrol": 'if [ "$1" = show ]; then echo node; else echo "$@" >> log; fi',
+}
 
 
 @pytest.fixture
@@ -121,19 +175,17 @@ def cluster(tmp_path):
     for name, body in STUBS.items():
         (tmp_path/name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path/name).chmod(0o755)
-    variables = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="48", SLURM_JOB_NODELIST="node[1-8]")
-    return lambda script, **more: subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=os.environ | variables | more)
-
-
-requeueing = pytest.mark.parametrize("script", [script for script in blocks("bash") if "#SBATCH --signal" in script], ids=["one node", "eight nodes"])
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = dict(PATH=path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="48", SLURM_JOB_NODELIST="node[1-8]")
+    def start(script, **more):
+        return subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=os.environ | job | more)
+    return start
 
 
 @requeueing
 def test_a_script_lets_training_save_and_goes_back_into_the_queue(script, cluster, tmp_path):
     with cluster(script) as job:
-        for _ in range(500):
-            if (tmp_path/"started").exists(): break
-            time.sleep(0.02)
+        wait_until((tmp_path/"started").exists, 10)
         time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
         job.wait(20)
@@ -155,16 +207,21 @@ def test_manifests_are_whole(job):
     assert pod["restartPolicy"] == "OnFailure" and "--resume" in options.training_script_args
     environment = {entry["name"]: entry["value"] for entry in one["env"]}
     assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
-    mounts, volumes = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}, {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory" and set(mounts.values()) == volumes.keys()
     claims = {document["metadata"]["name"] for document in manifests() if document["kind"] == "PersistentVolumeClaim"}
-    assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume} <= claims
+    claimed = [volume["persistentVolumeClaim"] for volume in volumes.values() if "persistentVolumeClaim" in volume]
+    assert {claim["claimName"] for claim in claimed} <= claims
 
 
 def test_pods_find_each_other():
     job = next(job for job in jobs() if job["spec"].get("completionMode") == "Indexed")
     service, = (document for document in manifests() if document["kind"] == "Service")
-    name, pod, options = job["metadata"]["name"], job["spec"]["template"]["spec"], get_args_parser().parse_args(in_container(job)[1:])
+    name, spec = job["metadata"]["name"], job["spec"]
+    options = get_args_parser().parse_args(in_container(job)[1:])
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
-    assert options.master_addr == f"{name}-0.{pod['subdomain']}" and pod["subdomain"] == service["metadata"]["name"]
-    assert int(options.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"] and "$JOB_COMPLETION_INDEX" in container(job)["args"][0]
+    domain = spec["template"]["spec"]["subdomain"]
+    assert options.master_addr == f"{name}-0.{domain}" and domain == service["metadata"]["name"]
+    assert int(options.nnodes) == spec["completions"] == spec["parallelism"]
+    assert "$JOB_COMPLETION_INDEX" in container(job)["args"][0]

@@ -1,5 +1,6 @@
-"""The network is Mediffusion's: with the same weights it gives the same output, and weights go there and back through a checkpoint."""
-import importlib.util, io, os, pickle, sys, types
+"""The network is Mediffusion's: with the same weights it gives the same output, and weights go there and back through
+a checkpoint."""
+import io, os, pickle, sys
 from dataclasses import replace
 
 import pytest
@@ -8,12 +9,20 @@ from torch import nn
 
 from radrotator.core import RadRotatorError, error_code
 from radrotator.model.diffusion import STEPS, add_noise, velocity, velocity_loss
+from radrotator.model.mediffusion import load_mediffusion, to_mediffusion
 from radrotator.model.sample import ddim, guided_denoiser, time_steps
 from radrotator.model.unet import UNet, UNetConfig, count_parameters
 from radrotator.model.weights import load_weights, save_weights
-from radrotator.model.mediffusion import load_mediffusion, to_mediffusion
 
-SMALL = UNetConfig(size=32, channels=32, multipliers=(1, 2, 2), blocks=1, attention=(2, 4), heads=2, condition_scale=1.0)
+SMALL = UNetConfig(
+    size=32,
+    channels=32,
+    multipliers=(1, 2, 2),
+    blocks=1,
+    attention=(2, 4),
+    heads=2,
+    condition_scale=1.0,
+)
 TIMES = torch.tensor([0, 1, 500, 998, 999])
 
 
@@ -27,16 +36,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def theirs(mediffusion):
     "A function that builds Mediffusion's network for a configuration of ours"
-    found = importlib.util.find_spec("mediffusion")
-    if found is None: pytest.skip("mediffusion is not installed (pip install --no-deps mediffusion)")
-    package = types.ModuleType("mediffusion")  # its own __init__ imports Lightning, wandb and more, which the network does not need
-    package.__path__ = list(found.submodule_search_locations)
-    sys.modules["mediffusion"] = package
-    from mediffusion.models.unet import UNetModel
-    return lambda c: UNetModel(c.size, 2, c.channels, 1 + c.learned_variance, [c.blocks]*len(c.multipliers), c.attention, channel_mult=c.multipliers, num_heads=c.heads,
-                               num_classes=c.conditions, concat_channels=1, guidance_drop_prob=0.1, use_scale_shift_norm=True).eval()
+    def build(c):
+        shape = c.size, 2, c.channels, 1 + c.learned_variance, [c.blocks]*len(c.multipliers), c.attention
+        inside = dict(channel_mult=c.multipliers, num_heads=c.heads, use_scale_shift_norm=True)
+        told = dict(num_classes=c.conditions, concat_channels=1, guidance_drop_prob=0.1)
+        return mediffusion.unet.UNetModel(*shape, **inside, **told).eval()
+    return build
 
 
 def drawn(config, seed=0):
@@ -52,7 +59,18 @@ def drawn(config, seed=0):
 def inputs(config, times):
     "Noisy images, steps, radiographs, rotations in whole degrees"
     n, size = len(times), config.size
-    return torch.randn(n, 1, size, size), times, torch.rand(n, 1, size, size)*2 - 1, torch.randint(-15, 16, (n, 3)).float()
+    noisy, radiograph = torch.randn(n, 1, size, size), torch.rand(n, 1, size, size)*2 - 1
+    return noisy, times, radiograph, torch.randint(-15, 16, (n, 3)).float()
+
+
+def joined(outputs):
+    "Velocity, and the second output where there is one"
+    return torch.cat([output for output in outputs if output is not None], 1)
+
+
+def give_weights(ours, other):
+    "Load the weights of our network into theirs"
+    other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in to_mediffusion(ours).items()})
 
 
 @torch.no_grad()
@@ -62,21 +80,32 @@ def difference(ours, other, x_t, t, input, vector, drop=None):
     embedded = other.class_embed(cls)
     if drop is not None: embedded = torch.where(drop[:, None], other.null_cls_embed, embedded)
     expected = other(x_t, t, cls_embed=embedded, concat=input, drop_cls_prob=0)
-    return ((torch.cat([o for o in ours(x_t, t, input, vector, drop) if o is not None], 1) - expected).abs().max()/expected.abs().max()).item()
+    found = joined(ours(x_t, t, input, vector, drop))
+    return ((found - expected).abs().max()/expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, multipliers=(1, 3), blocks=2, attention=(), heads=4, conditions=3, learned_variance=False), replace(SMALL, condition_scale=15.0)],
-                         ids=["small", "without variance", "angles divided"])
+ODD = dict(multipliers=(1, 3), blocks=2, attention=(), heads=4, conditions=3, learned_variance=False)
+CONFIGS = {
+    "small": SMALL,
+    "without variance": replace(SMALL, **ODD),
+    "angles divided": replace(SMALL, condition_scale=15.0),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_outputs_are_theirs(theirs, config):
+def test_outputs_are_theirs(theirs, name):
+    config = CONFIGS[name]
     ours, other = drawn(config), theirs(config)
-    other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in to_mediffusion(ours).items()})
+    give_weights(ours, other)
     given = inputs(config, TIMES)
     assert difference(ours, other, *given) < 1e-5
     assert difference(ours, other, *given, torch.tensor([True, False, True, False, True])) < 1e-5
+    noisy, times, radiograph, vector = given
+    nothing = vector.new_zeros(len(TIMES), config.conditions)
+    null = other(noisy, times, cls=nothing, concat=radiograph, drop_cls_prob=1)  # their own dropout
     everyone = torch.ones(len(TIMES), dtype=torch.bool)
-    null = other(given[0], given[1], cls=given[3].new_zeros(len(TIMES), config.conditions), concat=given[2], drop_cls_prob=1)  # their own dropout
-    assert torch.allclose(torch.cat([o for o in ours(*given, everyone) if o is not None], 1), null, atol=1e-5*null.abs().max())
+    assert torch.allclose(joined(ours(*given, everyone)), null, atol=1e-5*null.abs().max())
 
 
 def test_a_wrong_weight_shows(theirs):
@@ -91,21 +120,44 @@ def test_outputs_of_the_papers_network_are_theirs(theirs):  # slow-ish: some 3 s
     config = replace(UNetConfig.paper(), condition_scale=1.0)
     ours, other = drawn(config), theirs(config)
     assert count_parameters(ours) == sum(p.numel() for p in other.parameters()) == 125_635_074
-    other.load_state_dict({name.removeprefix("model."): tensor for name, tensor in to_mediffusion(ours).items()})
+    give_weights(ours, other)
     assert difference(ours, other, *inputs(config, torch.tensor([999]))) < 1e-5
 
 
 def lightning(network, settings, **more):
     "A checkpoint as Lightning and Mediffusion's EMA write it"
     weights = to_mediffusion(network)
-    return {"epoch": 3, "global_step": 17, "pytorch-lightning_version": "2.1.0", "state_dict": {n: t + 1 for n, t in weights.items()}, "ema_state_dict": weights, "_ema_state_dict_ready": True,
-            "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}], "lr_schedulers": [], "loops": {"fit_loop": {"state_dict": {}}},
-            "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": {"best_model_score": torch.tensor(0.1), "best_model_path": "x.ckpt"}}, "hyper_parameters": settings, **more}
+    group = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    best = {"best_model_score": torch.tensor(0.1), "best_model_path": "x.ckpt"}
+    return {
+        "epoch": 3,
+        "global_step": 17,
+        "pytorch-lightning_version": "2.1.0",
+        "state_dict": {name: tensor + 1 for name, tensor in weights.items()},
+        "ema_state_dict": weights,
+        "_ema_state_dict_ready": True,
+        "optimizer_states": [group],
+        "lr_schedulers": [],
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": best},
+        "hyper_parameters": settings,
+    } | more
 
 
 def their_settings(config):
-    return dict(model=dict(input_size=config.size, num_heads=config.heads, dims=2, channel_mult=list(config.multipliers), num_head_channels=-1, missing_class_value=None),
-                diffusion=dict(timesteps=1000, schedule_name="cosine", enforce_zero_terminal_snr=True, mean_type="VELOCITY"))
+    shape = dict(input_size=config.size, num_heads=config.heads, dims=2, channel_mult=list(config.multipliers))
+    diffusion = dict(timesteps=1000, schedule_name="cosine", enforce_zero_terminal_snr=True, mean_type="VELOCITY")
+    return dict(model=shape | dict(num_head_channels=-1, missing_class_value=None), diffusion=diffusion)
+
+
+def same_tensors(one, other, added=0):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a + added, b) for a, b in pairs)
+
+
+def compiled_names(weights):
+    "As torch.compile names them"
+    return {name.replace("model.", "model._orig_mod."): tensor for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -115,41 +167,47 @@ def test_checkpoint_there_and_back(tmp_path, monkeypatch, kind, compiled):
     if kind == "omegaconf": settings = pytest.importorskip("omegaconf").OmegaConf.create(settings)
     content = lightning(network, settings, hparams_type=type(settings) if kind == "omegaconf" else None)
     if compiled:
-        for part in ("state_dict", "ema_state_dict"): content[part] = {n.replace("model.", "model._orig_mod."): t for n, t in content[part].items()}
+        for part in ("state_dict", "ema_state_dict"): content[part] = compiled_names(content[part])
     torch.save(content, tmp_path/"run.ckpt")
-    for name in [n for n in sys.modules if n.split(".")[0] == "omegaconf"]: monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    for name in [name for name in sys.modules if name.split(".")[0] == "omegaconf"]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     back = load_mediffusion(tmp_path/"run.ckpt")
-    assert back.config == SMALL and not back.training
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), back.state_dict().values(), strict=True))
-    raw = load_mediffusion(tmp_path/"run.ckpt", ema=False)
-    assert all(torch.equal(a + 1, b) for a, b in zip(network.state_dict().values(), raw.state_dict().values(), strict=True))
+    assert back.config == SMALL and not back.training and same_tensors(network, back)
+    assert same_tensors(network, load_mediffusion(tmp_path/"run.ckpt", ema=False), added=1)
     save_weights(back, tmp_path/"w.safetensors", {})
     assert load_weights(tmp_path/"w.safetensors")[0].config == SMALL
 
 
 def test_size_and_heads_can_be_given(tmp_path):
-    torch.save(lightning(drawn(SMALL), {}), tmp_path/"run.ckpt")
-    assert (lambda c: (c.size, c.heads))(load_mediffusion(tmp_path/"run.ckpt").config) == (256, 4)
-    assert load_mediffusion(tmp_path/"run.ckpt", size=32, heads=2, condition_scale=15.0).config == replace(SMALL, condition_scale=15.0)
+    path = tmp_path/"run.ckpt"
+    torch.save(lightning(drawn(SMALL), {}), path)
+    silent = load_mediffusion(path).config
+    assert (silent.size, silent.heads) == (256, 4)
+    told = load_mediffusion(path, size=32, heads=2, condition_scale=15.0).config
+    assert told == replace(SMALL, condition_scale=15.0)
 
 
-def spoilt(content, change):
-    content["ema_state_dict"] = dict(content["ema_state_dict"])
-    change(content)
-    return content
+def change_average(checkpoint, change):
+    "Change the averaged weights, not the others, with which they share tensors"
+    checkpoint["ema_state_dict"] = dict(checkpoint["ema_state_dict"])
+    change(checkpoint["ema_state_dict"])
 
 
-REFUSALS = {
-    "no averaged weights": lambda c: c.pop("ema_state_dict"),
-    "holds no weights": lambda c: c.update(ema_state_dict={}, state_dict={}),
-    "without conditions": lambda c: [c["ema_state_dict"].pop(n) for n in list(c["ema_state_dict"]) if "cls" in n or "class" in n],
-    "the tensor input_blocks.0.0.weight is 32×3×3×3 there and 32×2×3×3 here": lambda c: c["ema_state_dict"].update({"model.input_blocks.0.0.weight": torch.zeros(32, 3, 3, 3)}),
-    "the tensor out.0.bias is missing there": lambda c: c["ema_state_dict"].pop("model.out.0.bias"),
-    "the tensor extra is 2 there and missing here": lambda c: c["ema_state_dict"].update(extra=torch.zeros(2)),
-    "it has no tensor time_embed.0.weight": lambda c: c["ema_state_dict"].pop("model.time_embed.0.weight"),
-    "model.scale_skip_connection = True": lambda c: c["hyper_parameters"]["model"].update(scale_skip_connection=True),
-    "diffusion.enforce_zero_terminal_snr = False": lambda c: c["hyper_parameters"]["diffusion"].update(enforce_zero_terminal_snr=False),
-    "objects of builtins.eval": lambda c: c.update(evil=Evil()),
+WIDE = {"model.input_blocks.0.0.weight": torch.zeros(32, 3, 3, 3)}
+SPOILT_WEIGHTS = {  # what is done to the averaged weights; the code, and what the sentence must name
+    "another shape": (lambda w: w.update(WIDE), "OTHER_NETWORK", "input_blocks.0.0.weight 32×3×3×3 32×2×3×3"),
+    "one too few": (lambda w: w.pop("model.out.0.bias"), "OTHER_NETWORK", "out.0.bias"),
+    "one too many": (lambda w: w.update(extra=torch.zeros(2)), "OTHER_NETWORK", "extra"),
+    "no steps": (lambda w: w.pop("model.time_embed.0.weight"), "OTHER_NETWORK", "time_embed.0.weight"),
+}
+SPOILT_CHECKPOINTS = {  # the same of the checkpoint
+    "no average": (lambda c: c.pop("ema_state_dict"), "NO_AVERAGE", ""),
+    "no weights": (lambda c: c.update(ema_state_dict={}, state_dict={}), "NO_WEIGHTS", ""),
+    "scaled skips": (lambda c: c["hyper_parameters"]["model"].update(scale_skip_connection=True), "OTHER_SETTINGS",
+                     "model.scale_skip_connection True"),
+    "signal left": (lambda c: c["hyper_parameters"]["diffusion"].update(enforce_zero_terminal_snr=False),
+                    "OTHER_SETTINGS", "diffusion.enforce_zero_terminal_snr False"),
+    "evil": (lambda c: c.update(evil=Evil()), "FOREIGN_OBJECTS", "builtins.eval"),
 }
 
 
@@ -158,10 +216,15 @@ class Evil:
     def __reduce__(self): return eval, ("__import__('os').environ.__setitem__('RADROTATOR_EVIL', '1')",)
 
 
-@pytest.mark.parametrize("message", REFUSALS)
-def test_what_does_not_fit_is_refused(tmp_path, message):
-    torch.save(spoilt(lightning(drawn(SMALL), their_settings(SMALL)), REFUSALS[message]), tmp_path/"run.ckpt")
-    with pytest.raises(RadRotatorError, match=message): load_mediffusion(tmp_path/"run.ckpt")
+@pytest.mark.parametrize("name", [*SPOILT_WEIGHTS, *SPOILT_CHECKPOINTS])
+def test_what_does_not_fit_is_refused(tmp_path, name):
+    checkpoint = lightning(drawn(SMALL), their_settings(SMALL))
+    change, code, named = (SPOILT_WEIGHTS | SPOILT_CHECKPOINTS)[name]
+    if name in SPOILT_WEIGHTS: change_average(checkpoint, change)
+    else: change(checkpoint)
+    torch.save(checkpoint, tmp_path/"run.ckpt")
+    with pytest.raises(RadRotatorError) as error: load_mediffusion(tmp_path/"run.ckpt")
+    assert error.value.code == code and all(word in str(error.value) for word in named.split())
     assert "RADROTATOR_EVIL" not in os.environ
 
 
@@ -205,7 +268,9 @@ def test_it_learns_a_shift():
         x_t = add_noise(target, t, noise)
         v, _ = network(x_t, t, input, torch.zeros(16, 3))
         loss = velocity_loss(v, velocity(target, t, noise), t, "image")
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.6*sum(losses[:10])
 
@@ -217,13 +282,22 @@ def gradients(network, given, drop, precision=torch.float32):
         kept[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
         return tensor
     network.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", precision, enabled=precision != torch.float32): v, o = network(*given, drop)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", precision, enabled=precision != torch.float32): v, o = network(*given, drop)
     (v.square().mean() + (0 if o is None else o.square().mean())).backward()
-    return {name: p.grad.clone() for name, p in network.named_parameters()}, sum(size for place, (_, size) in kept.items() if place not in own)
+    size = sum(size for place, (_, size) in kept.items() if place not in own)
+    return {name: p.grad.clone() for name, p in network.named_parameters()}, size
 
 
-@pytest.mark.parametrize("config, precision, factor", [(replace(UNetConfig.paper(), size=64, channels=32), torch.float32, 7), (UNetConfig.tiny(), torch.float32, 5), (UNetConfig.tiny(), torch.bfloat16, 5)],
-                         ids=["a quarter of the paper", "tiny", "tiny in bfloat16"])
+QUARTER = replace(UNetConfig.paper(), size=64, channels=32)
+LESS = {  # how many times less is kept
+    "a quarter of the paper": (QUARTER, torch.float32, 7),
+    "tiny": (UNetConfig.tiny(), torch.float32, 5),
+    "tiny in bfloat16": (UNetConfig.tiny(), torch.bfloat16, 5),
+}
+
+
+@pytest.mark.parametrize("config, precision, factor", LESS.values(), ids=LESS)
 def test_checkpointing_keeps_less_and_changes_no_bit(config, precision, factor):
     network, given = drawn(config).train(), inputs(config, torch.tensor([0, 999]))
     drop = torch.tensor([True, False])
@@ -235,7 +309,8 @@ def test_checkpointing_keeps_less_and_changes_no_bit(config, precision, factor):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_as_one_graph_it_says_the_same(checkpointing):  # by PyTorch's tracer alone: compiling for the CPU takes a minute
+def test_compiled_as_one_graph_it_says_the_same(checkpointing):
+    "By PyTorch's tracer alone: compiling for the CPU takes a minute"
     network, given = drawn(TOY).train(), inputs(TOY, torch.tensor([0, 500, 999]))
     drop, network.checkpointing = torch.tensor([True, False, False]), checkpointing
     answers = []

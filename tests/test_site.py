@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.relative_to(ROOT/"nbs").as_posix() for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 QUARTO = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
-PHONE, DESK = dict(width=375, height=800), dict(width=1280, height=900)
+PHONE, DESK = dict(width=390, height=844), dict(width=1280, height=900)
 
 # What is wrong with a page, in words. Code may hold whatever it likes but nbdev's and Quarto's directives.
 LOOK = r"""() => {
@@ -32,6 +32,9 @@ LOOK = r"""() => {
   for (const math of document.querySelectorAll("span.math")) say("equation left as TeX", math.textContent)
   const wide = document.documentElement.scrollWidth
   if (wide > innerWidth) say("wider than the screen", `${wide} pixels of ${innerWidth}, ` + [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .scroll")).map(e => e.tagName + " " + e.className).slice(0, 3))
+  const names = document.querySelector("main .names"), signature = document.querySelector("main .signature")
+  if (signature && !(names && names.compareDocumentPosition(signature) & Node.DOCUMENT_POSITION_FOLLOWING)) say("no list of names above", signature.previousElementSibling?.id)
+  for (const link of document.querySelectorAll(".names a[href='#']")) say("a name that leads nowhere", link.innerText)
   if (document.querySelectorAll("h1").length != 1) say("not one title", document.querySelectorAll("h1").length)
   for (const thing of document.querySelectorAll("button, input, nav")) if (!(thing.getAttribute("aria-label") || thing.innerText || [...thing.labels ?? []].map(label => label.innerText).join("")).trim()) say("no name for a screen reader", thing.outerHTML)
   for (const link of document.querySelectorAll("a[href]")) if (!(link.innerText || link.textContent || link.getAttribute("aria-label") || "").trim() && !link.querySelector("img[alt]")) say("link without words", link.href)
@@ -39,6 +42,11 @@ LOOK = r"""() => {
   if (twice.length) say("the same anchor twice", twice)
   return {wrong, ids, links: [...document.querySelectorAll("a[href]")].map(a => a.href)}
 }"""
+
+# What a reader cannot see without scrolling sideways.
+CUT = """selector => [...document.querySelectorAll(selector)].filter(e => e.scrollWidth > e.clientWidth + 1)
+  .map(e => `cut at ${innerWidth} pixels: ${e.tagName} ${e.className}, ${e.innerText.slice(0, 60).replace(/\\s+/g, " ")}`)"""
+CODE, ALL_THAT_IS_WIDE = "main pre", "main pre, main .scroll"  # on a phone a large table or equation may scroll in its box
 
 # The lowest contrast of text and ground among the elements that match, by WCAG 2.
 CONTRAST = """selector => {
@@ -91,7 +99,11 @@ def look(screen, path):
     screen.wrong.clear()
     screen.goto(path.as_uri(), wait_until="load")
     seen = screen.evaluate(LOOK)
-    return screen.wrong + seen["wrong"], set(seen["ids"]), seen["links"]
+    cut = screen.evaluate(CUT, CODE)
+    screen.set_viewport_size(DESK)
+    cut += screen.evaluate(CUT, ALL_THAT_IS_WIDE)
+    screen.set_viewport_size(PHONE)
+    return screen.wrong + seen["wrong"] + cut, set(seen["ids"]), seen["links"]
 
 
 def broken(seen):
@@ -117,14 +129,15 @@ def test_every_page_is_fit_to_be_read(site, screen):
 
 def test_what_is_wrong_is_seen(tmp_path, screen):
     "The checks above, on a page with every fault that they know"
-    (tmp_path/"bad.html").write_text("""<!doctype html><h1>a</h1><h1>b</h1><main><p>::: {.callout-note} as @fig-one shows, $x_t$ and see 03_drr.ipynb</p>
+    (tmp_path/"bad.html").write_text(f"""<!doctype html><h1>a</h1><h1>b</h1><main><p>::: {{.callout-note}} as @fig-one shows, $x_t$ and see 03_drr.ipynb</p>
         <pre>#| export\nx = 1</pre><pre class=error>E</pre><pre>Traceback (most recent call last)</pre><p>&lt;matplotlib.axes&gt;</p><img src=gone.png><div style="width: 900px">wide</div>
+        <pre style="white-space: pre; overflow: auto">{"x"*400}</pre><div class=scroll style="overflow: auto"><p style="width: 2000px">t</div><h3 id=f>f</h3><div class=signature></div><p class=names><a href="#">g</a></p>
         <span class=math>x</span><button></button><p id=a><p id=a><a href=#nowhere>x</a><a href=gone.html>y</a><a href=http://localhost:9/>z</a></main><script>nonsense()</script>""", encoding="utf-8")
     seen = {tmp_path/"bad.html": look(screen, tmp_path/"bad.html")}
     words = "\n".join(seen[tmp_path/"bad.html"][0] + list(broken(seen)))
     for fault in ("raw markup: :::", "raw markup: @fig-one", "raw markup: $x_t$", "raw markup: 03_drr.ipynb", "raw directive: #| export", "stored error", "stored output: Traceback", "stored output: <matplotlib",
                   "missing picture: gone.png", "picture without words", "wider than the screen", "equation left as TeX", "no name for a screen reader", "the same anchor twice", "not one title: 2",
-                  "no anchor bad.html#nowhere", "no page", "script: ", "console: "):
+                  "cut at 390 pixels: PRE", "cut at 1280 pixels: PRE", "cut at 1280 pixels: DIV scroll", "no list of names above: f", "a name that leads nowhere: g", "no anchor bad.html#nowhere", "no page", "script: ", "console: "):
         assert fault in words, fault
     assert "localhost" not in words  # links to elsewhere are nobody's promise
 
@@ -143,6 +156,19 @@ def test_equations_pictures_and_signatures_are_there(site, screen):
     assert Image.open(moving).n_frames > 20 and moving.stat().st_size < 1_500_000
 
 
+def test_an_api_page_begins_with_its_names(site, screen):
+    "Those that the module exports, and what its classes do; the page of the API has them all"
+    from radrotator.rotate import rotator
+    screen.goto((site/"31_rotate"/"rotator.html").as_uri())
+    names = screen.locator("main .names")
+    assert sorted(names.locator("dt").all_inner_texts()) == sorted(rotator.__all__) and names.locator("dt").first.inner_text() == "RadRotator"
+    assert {"#radrotator.from_pretrained", "#radrotator.rotate", "#radrotator.write_sweep"} <= {link.get_attribute("href") for link in names.locator("dd a").all()}
+    assert screen.locator("[id='radrotator.rotate'] + .signature dl").inner_text().count("degrees")
+    screen.goto((site/"api.html").as_uri())
+    linked = {link.get_attribute("href") for link in screen.locator("main .names a").all()}
+    assert {"31_rotate/rotator.html#radrotator", "10_ct/volume.html#ct", "core.html#radrotatorerror"} <= linked
+
+
 def test_search_finds_and_leads_there(site, screen):
     screen.goto((site/"tutorials"/"rotate_a_radiograph.html").as_uri())
     screen.keyboard.press("/")
@@ -159,7 +185,7 @@ def test_search_finds_and_leads_there(site, screen):
 def test_light_dark_and_contrast(site, screen):
     screen.goto((site/"20_model"/"sample.html").as_uri())
     paper = lambda: screen.evaluate("getComputedStyle(document.body).backgroundColor")
-    readable = lambda: {s: screen.evaluate(CONTRAST, s) for s in ("main p", "main a", ".lead", "figcaption", "#sidebar h2, #sidebar a", "pre code", "pre .kw", "pre .st", "pre .dv", "pre .co", "pre .fu, pre .bu")}
+    readable = lambda: {s: screen.evaluate(CONTRAST, s) for s in ("main p", "main a", ".lead", "figcaption", "#sidebar summary, #sidebar a", "pre code", "pre .kw", "pre .st", "pre .dv", "pre .co", "pre .fu, pre .bu")}
     light, found = paper(), readable()
     assert min(found.values()) >= 4.5, found
     screen.click("#theme")
@@ -190,9 +216,11 @@ def test_with_the_keyboard_and_on_a_phone(site, screen):
     assert not pages.is_visible()
     screen.set_viewport_size(DESK)
     assert pages.is_visible() and screen.locator("#contents").is_visible() and not screen.locator("#open-sidebar").is_visible()
-    assert screen.locator(".menus summary").all_inner_texts() == [group["text"] for group in QUARTO["website"]["navbar"]["left"]]
-    screen.locator(".menus summary").nth(1).click()
-    assert screen.locator(".menus details[open] a").count() == len(QUARTO["website"]["navbar"]["left"][1]["menu"])
+    assert screen.locator(".places a").all_inner_texts() == [item["text"] for item in QUARTO["website"]["navbar"]["left"]]
+    folded = pages.locator("details", has=screen.get_by_text("Phantom", exact=True))
+    assert not folded.locator("a").first.is_visible() and pages.locator("details[open]").count() == 1
+    folded.locator("summary").press("Enter")
+    assert folded.locator("a").all_inner_texts()[0] == "Grid and labels" and folded.locator("a").first.is_visible()
     assert not screen.wrong
 
 
@@ -263,14 +291,32 @@ def test_a_definition_shows_its_docments(monkeypatch):
     assert "[size]{.parameter} `int = 3`\n:   pixels" in text and "[names]{.parameter} `list[Path] = None`\n:   of files" in text
 
 
-def listed(items): return [item if isinstance(item, str) else item["href"] for item in items]
+def test_the_menu_is_the_house(docs):
+    "Every notebook stands in it once; a wing is a section, whole and in the order of its numbers; few places in the bar"
+    sections = [(title, [name for name, _ in entries]) for title, entries in docs.sections_of(QUARTO["website"]["sidebar"])]
+    assert sorted(name for _, names in sections for name in names) == NOTEBOOKS
+    folders = {title: {str(PurePosixPath(name).parent) for name in names} for title, names in sections if title}
+    assert all(len(found) == 1 for found in folders.values()), folders
+    wings = [(next(iter(folders[title])), names) for title, names in sections if title and title != "Tutorials"]
+    assert wings == sorted((folder, sorted(names)) for folder, names in wings) and wings[0][0] == "."
+    alone = [names[0] for title, names in sections if not title]
+    assert alone[0] == "index.ipynb" and {docs.linked(item)[0] for item in QUARTO["website"]["navbar"]["left"]} <= {*alone, *dict(sections)["Tutorials"]}
 
 
-def test_every_notebook_is_in_the_navigation():
-    menus = {group["text"]: listed(group["menu"]) for group in QUARTO["website"]["navbar"]["left"]}
-    sections = {group["section"]: listed(group["contents"]) for group in QUARTO["website"]["sidebar"]["contents"]}
-    assert menus == sections and list(menus) == ["Tutorials", "How it works", "Reference"]
-    assert sorted(sum(sections.values(), [])) == NOTEBOOKS
+def test_addresses_are_those_of_the_published_site(docs):
+    "nbdev's index of symbols says where they will be"
+    scope = {}
+    exec((ROOT/"radrotator"/"_modidx.py").read_text(encoding="utf-8"), scope)
+    published = {link.partition("#")[0] for symbols in scope["d"]["syms"].values() for link, _ in symbols.values()}
+    local = {docs.Page(name).href for name in NOTEBOOKS}
+    assert len(published) > 50 and published <= local
+
+
+def test_methods_are_shown_with_their_class(docs):
+    "What @patch gives to a class is not in __all__, and a reader looks for it all the same; what begins with _ stays inside"
+    cells = [cell("markdown", "# T\n\n> d")] + [cell("code", f"#| exporti\n{text}") for text in ("@patch\ndef turn(self: A): 1", "@patch(as_prop=True)\ndef sharp(self: A): 1", "@patch\ndef __repr__(self: A): 1", "def inner(): 1")]
+    made = json.loads(docs.ready(json.dumps(dict(cells=cells))))["cells"]
+    assert [c["source"].partition("\n")[0] for c in made[1:]] == ["#| export", "#| export", "#| exporti", "#| exporti"]
 
 
 def test_quarto_configuration_is_what_quarto_knows():
@@ -279,10 +325,11 @@ def test_quarto_configuration_is_what_quarto_knows():
                  "page-navigation", "search", "navbar", "sidebar", "favicon"})
     assert {key: set(value) - known[key] for key, value in QUARTO.items()} == dict.fromkeys(known, set())
     site, html = QUARTO["website"], QUARTO["format"]["html"]
-    assert set(site["navbar"]) <= {"search", "left", "right", "tools"} and set(site["sidebar"]) <= {"style", "search", "contents"} and site["sidebar"]["style"] in ("docked", "floating")
-    assert set(html) <= {"theme", "css", "toc", "code-line-numbers", "fig-cap-location", "respect-user-color-scheme"} and (ROOT/"nbs"/html["css"]).is_file()
-    items = [item for group in site["navbar"]["left"] for item in group["menu"]] + [item for group in site["sidebar"]["contents"] for item in group["contents"]] + site["navbar"].get("tools", [])
-    assert all(isinstance(item, str) or set(item) <= {"href", "text", "icon", "aria-label"} for item in items)
+    assert set(site["navbar"]) <= {"search", "left", "right", "tools"} and set(site["sidebar"]) <= {"style", "search", "collapse-level", "contents"} and site["sidebar"]["style"] in ("docked", "floating")
+    assert set(html) <= {"theme", "css", "toc", "code-line-numbers", "code-overflow", "fig-cap-location", "respect-user-color-scheme"} and (ROOT/"nbs"/html["css"]).is_file()
+    entries = [entry for item in site["sidebar"]["contents"] if "section" in item and isinstance(item["contents"], list) for entry in item["contents"]]
+    items = site["navbar"]["left"] + site["navbar"]["tools"] + site["sidebar"]["contents"] + entries
+    assert all(isinstance(item, str) or set(item) <= {"href", "text", "icon", "aria-label"} or set(item) == {"section", "contents"} for item in items)
     assert set(site["repo-actions"]) <= {"none", "edit", "source", "issue"}
     assert not any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan((ROOT/"_quarto.yml").read_text(encoding="utf-8")))
     settings = get_config(path=ROOT)

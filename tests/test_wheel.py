@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "runs", "demo", "build", "dist", "_proc", "_docs", "*.egg-info", "__pycache__")
+MADE = ".git", ".venv", "runs", "demo", "build", "dist", "_proc", "_docs", "*.egg-info", "__pycache__"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "The wheel of this checkout, built from its sdist, in a copy that the build may litter"
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder/"checkout", ignore=NOT_SOURCE, symlinks=True)
+    shutil.copytree(ROOT, folder/"checkout", ignore=shutil.ignore_patterns(*MADE), symlinks=True)
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder/"dist", folder/"checkout"],
                    check=True, stdout=subprocess.DEVNULL, timeout=300)
     return next((folder/"dist").glob("*.whl"))
@@ -24,7 +24,8 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     "An empty folder and an environment in which only the wheel provides radrotator"
     site, empty = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("empty")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel], check=True, timeout=300)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, check=True, timeout=300)
     env = {**os.environ, "PYTHONPATH": str(site)}  # comes before an editable install of the checkout
 
     def run(*command):

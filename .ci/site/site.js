@@ -13,7 +13,6 @@ by("open-sidebar").addEventListener("click", event => {
 })
 
 document.addEventListener("click", event => {
-  for (const menu of document.querySelectorAll(".menus details[open]")) if (!menu.contains(event.target)) menu.open = false
   if (!event.target.closest("search")) show([])
 })
 
@@ -77,7 +76,7 @@ by("search").addEventListener("input", async () => {
 document.addEventListener("keydown", event => {
   const typing = event.target.matches("input, textarea"), rows = [...by("results").querySelectorAll("a")]
   if (event.key == "/" && !typing) { event.preventDefault(); by("search").focus() }
-  if (event.key == "Escape") { show([]); document.body.classList.remove("drawer"); for (const menu of document.querySelectorAll(".menus details[open]")) menu.open = false }
+  if (event.key == "Escape") { show([]); document.body.classList.remove("drawer") }
   if (!event.target.closest("search") || !rows.length) return
   const at = rows.indexOf(document.activeElement)
   if (event.key == "ArrowDown") { event.preventDefault(); rows[Math.min(at + 1, rows.length - 1)].focus() }

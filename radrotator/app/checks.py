@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core import RadRotatorError, RadRotatorWarning, markdown_table
 from ..files import PICTURES, check_output, check_parent
+from ..pretrained import DEFAULT, find_weights
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/02_checks.ipynb #204749cd
@@ -64,24 +65,26 @@ def refusal_table(
 
 # %% ../../nbs/50_app/02_checks.ipynb #05d05062
 def load_model(
-    weights: Path | None,  # a file; None: what comes with the package
+    weights: Path | None,  # a file, or the name of weights that come with the package; None: `DEFAULT`
     device: str = "auto",  # where to compute
 ) -> tuple:                # `RadRotator`, and what to call its weights
     "Load the model that is meant."
+    path = find_weights(weights)  # refuses before PyTorch is imported
     with terminal_bar("loading the weights"):
         from radrotator.rotate.rotator import RadRotator
-        if weights is None: model = RadRotator.from_pretrained(device=device)
-        else: model = RadRotator.from_file(weights, device)
-        name = weights.name if weights else "tiny"
+        model = RadRotator.from_file(path, device)
+        name = weights.name if weights else DEFAULT
         return model, f"{name} {model.fingerprint()[:12]}"
 
 # %% ../../nbs/50_app/02_checks.ipynb #92a81b95
 def warn_of_novelty(
-    model,       # `RadRotator`
-    radiograph,  # to be turned
-    crop=False,  # whether the network will see it without its borders
-) -> str | None: # why it does not look like what the weights know
-    "Warn of a radiograph for which the weights were not made."
+    model,         # `RadRotator`
+    radiograph,    # to be turned
+    crop=False,    # whether the network will see it without its borders
+    strict=False,  # refuse it, instead of a warning
+) -> str | None:   # why it does not look like what the weights know
+    "Warn of a radiograph for which the weights were not made, or refuse it."
     novelty = model.unfamiliar(radiograph, crop)
+    if novelty and strict: raise RadRotatorError(f"cannot turn it (--strict): {novelty}", "UNFAMILIAR")
     if novelty: warnings.warn(novelty, RadRotatorWarning)
     return novelty

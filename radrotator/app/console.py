@@ -93,6 +93,17 @@ class Stopped(RadRotatorError):
         super().__init__(sentence, "STOPPED")
 
 # %% ../../nbs/50_app/00_console.ipynb #9530715b
+SHARED = "axis crop detail fps frame frames guidance invert keep mark resume seed solver span steps strict".split()
+
+
+def spell_options(
+    text: str,  # of an error or a warning
+) -> str:       # `frame=2` as `--frame 2`, `invert=True` as `--invert`
+    "Spell settings as the command spells them."
+    def spell(match): return f"--{match[1]}" if match[2] == "True" else f"--{match[1]} {match[2]}"
+    return re.sub(rf"(?<!['\w.-])({'|'.join(SHARED)})=([\w.]*\w)", spell, text)
+
+# %% ../../nbs/50_app/00_console.ipynb #f76e257e
 def format_error(
     error: Exception,  # what went wrong
 ) -> str:              # without a line break
@@ -105,7 +116,7 @@ def format_error(
     elif isinstance(error, OSError):
         where = error.filename or "the disk"
         text = f"{where}: {error.strerror}; choose another place, or make this one readable and writable"
-    return " ".join(text.split("\n"))
+    return spell_options(" ".join(text.split("\n")))
 
 # %% ../../nbs/50_app/00_console.ipynb #d2c754ed
 def show_warning(
@@ -113,7 +124,7 @@ def show_warning(
     otherwise=warnings.showwarning,  # for warnings that are not ours
 ):
     "Show a warning of this package as a line."
-    if issubclass(kind, RadRotatorWarning): print(f"radrotator: {message}", file=sys.stderr)
+    if issubclass(kind, RadRotatorWarning): print(f"radrotator: {spell_options(str(message))}", file=sys.stderr)
     else: otherwise(message, kind, *where)
 
 # %% ../../nbs/50_app/00_console.ipynb #d8415304

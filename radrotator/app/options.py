@@ -79,8 +79,13 @@ Centre = Annotated[str, typer.Option(
          "weights that lift; or volume, the CT's middle, as in the paper")]
 
 # %% ../../nbs/50_app/01_options.ipynb #96e565fe
-Input = Annotated[Path, typer.Argument(
-    metavar="INPUT", help="radiograph: DICOM, PNG, TIFF or JPEG", show_default=False)]
+Inputs = Annotated[list[str], typer.Argument(
+    metavar="INPUT...", show_default=False,
+    help="radiographs: DICOM, PNG, TIFF or JPEG; files, folders of them, or patterns such as 'hips/*.png'")]
+OnError = Annotated[Enum("OnError", dict(skip="skip", stop="stop"), type=str), typer.Option(
+    "--on-error", help="of many: what to do where one is refused")]
+Strict = Annotated[bool, typer.Option(
+    "--strict", help="refuse a picture that does not look like what the weights know, instead of a warning")]
 Crop = Annotated[bool, typer.Option(
     "--crop", help="leave the collimator's borders out for the network, and put them back afterwards")]
 Frame = Annotated[int | None, typer.Option(
@@ -89,6 +94,9 @@ Mark = Annotated[bool | None, typer.Option(
     "--mark/--no-mark", show_default=False,
     help="burn the word SYNTHETIC into a corner; without it in what is to be turned again  "
          "[default: in DICOM only]")]
+MarkView = Annotated[bool, typer.Option(
+    "--mark/--no-mark", help="write the word SYNTHETIC into a corner of what a viewer shows; without it in what is "
+                             "to be turned again, or measured")]
 Invert = Annotated[bool, typer.Option(
     "--invert", help="the picture shows bone dark and does not say so")]
 Linear = Annotated[bool, typer.Option(
@@ -98,11 +106,12 @@ Axis = Enum("Axis", {axis: axis for axis in "xyz"}, type=str)
 # %% ../../nbs/50_app/01_options.ipynb #cb83d260
 Weights = Annotated[Path | None, typer.Option(
     "--weights", show_default=False,
-    help="a .safetensors file  [default: the weights that come with the package]")]
+    help="a .safetensors file, or the name of weights that come with the package  [default: tiny]")]
 Steps = Annotated[int | None, typer.Option(
     min=1, max=1000, show_default=False,
-    help="of the solver: 1 gives the mean, more a sample. Weights that lift know samples only if trained with "
-         "lifting.early above 0  [default: the weights' own]")]
+    help="of the solver: 1 gives the mean of all patients who fit the picture; more draws one patient who fits: "
+         "texture is invented. Weights that lift know samples only if trained with lifting.early above 0  "
+         "[default: the weights' own]")]
 Guidance = Annotated[float | None, typer.Option(
     min=0, max=100, callback=check_finite, show_default=False,
     help="scale of classifier-free guidance, of weights that draw views, as the paper's; others are told no "

@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #58cc69f9
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,22 +19,29 @@ import typer
 from ..angles import check_angles
 from .checks import check_result, load_model, warn_of_novelty
 from .console import Result, Stopped, command
-from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Input, Invert, Linear, Mark
-from .options import Out, Seed, Solver, Steps, Weights
+from .tasks import Task, check_word, is_pattern, plan_tasks, run_tasks, tasks_table
+from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Inputs, Invert, Linear
+from .options import MarkView, OnError, Out, Seed, Solver, Steps, Strict, Weights
+from ..core import RadRotatorError
 from ..files import check_input, check_output
+from ..film import Film, check_film_name
+from ..pretrained import find_weights
 from ..progress import terminal_bar, terminal_progress
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #2d42defa
-def read_input(
-    path: Path,     # of a radiograph
-    invert: bool,   # it shows bone dark and does not say so
-    frame: int | None, # which picture, where a file holds several
-    linear: bool,   # its pixels are line integrals
-):                  # `Radiograph`
-    "Read the radiograph that a command is given."
-    with terminal_bar("reading"):
+@dataclass(frozen=True)
+class Reading:
+    "How the radiographs of a command are read."
+    invert: bool = False       # they show bone dark and do not say so
+    frame: int | None = None   # which picture, where a file holds several
+    linear: bool = False       # their pixels are line integrals
+
+    def read(self,
+        path: Path | str,  # of a radiograph
+    ):                     # `Radiograph`
+        "Read one."
         from radrotator.radiograph.read import read_radiograph
-        return replace(read_radiograph(path, invert, frame), linear=linear)
+        return replace(read_radiograph(path, self.invert, self.frame), linear=self.linear)
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #28e1ed0c
 def describe_rotation(
@@ -40,11 +49,15 @@ def describe_rotation(
     out: Path,        # what was written
     seconds: float,   # that it took
     lifts: bool,      # whether the weights lift
+    invents: str | None = None, # what more than one step means
+    mark: bool = False,         # whether SYNTHETIC is burnt in
 ) -> str:
     "Say what was written, and what it means that no angle was given."
     text = f"wrote {out}: x = {x:g}°, y = {y:g}°, z = {z:g}°, in {seconds:.2f} s"
+    if invents and (not lifts or x or y or z): text += f"; {invents}"
     if x or y or z: return text
-    what = "these are the pixels of the input" if lifts else "this is what the network makes of an unturned picture"
+    pixels = "these are the pixels of the input" + " but for the mark"*mark
+    what = pixels if lifts else "this is what the network makes of an unturned picture"
     return f"{text}; no angle was given, so {what}"
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #c10c69ff
@@ -52,47 +65,137 @@ Keep = Annotated[list[str] | None, typer.Option(
     show_default=False,
     help="an attribute of the patient or the study to copy from INPUT into a DICOM result, such as PatientID; "
          "may be repeated  [default: none]")]
+PictureKind = Enum("PictureKind", {kind: kind for kind in ("png", "tif", "jpg", "dcm")}, type=str)
+Kind = Annotated[PictureKind | None, typer.Option(
+    "--kind", show_default=False, help="of the results in a folder  [default: as the input]")]
+
+
+def read_kept(
+    path: Path | str,        # of a radiograph
+    keep: list[str] | None,  # attributes
+) -> dict | None:            # their values
+    "Read what a result shall carry of its patient."
+    if not keep: return None
+    from radrotator.radiograph.write import patient_data
+    return patient_data(path, *keep)
+
+
+def check_keep(
+    keep: list[str] | None, # attributes
+    tasks: list[Task],
+):
+    "Refuse to keep patient data in what is no DICOM file, before anything is computed."
+    for task in tasks:
+        if not keep or task.out.suffix.lower() == ".dcm": continue
+        reason = "only a DICOM result can keep patient data. End its name in .dcm, or leave out --keep."
+        raise RadRotatorError(f"cannot write {task.out}: {reason}", "NOT_DICOM")
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #fea3c5a2
-@command("rotate", "hip.dcm -o turned.dcm --z 10", "hip.png -o turned.png --x -5 --y 2 --crop --seed 3")
+def turn_file(
+    given,                    # `Radiograph`
+    task: Task,               # where it is from, and where the view goes
+    model,                    # `RadRotator`
+    angles: tuple,            # x, y, z in degrees
+    strict: bool = False,     # refuse a strange picture
+    keep: list | None = None, # attributes of the patient
+    mark: bool = True,        # burn SYNTHETIC into a corner
+    crop: bool = False,       # without the collimator's borders
+    watch: Callable | None = None, # called with (steps done, x0 of now)
+    sampling=None,            # how, chosen once
+) -> dict:                    # what is known of the view
+    "Turn the patient in one radiograph, and write the view."
+    kept = read_kept(task.path, keep)
+    novelty = warn_of_novelty(model, given, crop, strict)
+    view = model.rotate(given, *angles, crop=crop, watch=watch, sampling=sampling)
+    view.write(task.out, mark=mark, keep=kept)
+    return dict(unfamiliar=novelty, size=view.shape, spacing=view.spacing)
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #19177b7d
+def turn_one(
+    task: Task,
+    reading: Reading,
+    weights: Path | None, # a file
+    device: str,          # where to compute
+    how: dict,            # for `turn_file`, but `strict`, `crop` and what is asked of the solver
+    asked: dict,          # of the solver
+) -> Result:
+    "Turn one radiograph, under bars that say what is done."
+    with terminal_bar("reading"): given = reading.read(task.path)
+    model, name = load_model(weights, device)
+    sampling = model.choose_sampling(**asked)
+    began = time.perf_counter()
+    with terminal_bar("turning", sampling.steps) as move_to:
+        known = turn_file(given, task, model, watch=lambda done, _: move_to(done), sampling=sampling, **how)
+    seconds = time.perf_counter() - began
+    x, y, z = how["angles"]
+    known |= dict(input=task.path, out=task.out, x=x, y=y, z=z, crop=how["crop"], line_integrals=reading.linear)
+    known |= dict(weights=name, device=model.device, seconds=round(seconds, 3)) | sampling.options()
+    return Result(describe_rotation(x, y, z, task.out, seconds, model.lifts, sampling.invents, how["mark"]), known)
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #b696f0dc
+def do_many(
+    tasks: list[Task],
+    out: Path,        # the folder of results
+    work: Callable,   # (task, model, sampling) → what is known of its result
+    stop: bool,       # at the first failure
+    weights: Path | None, # a file
+    device: str,      # where to compute
+    asked: dict,      # of the solver
+    known: dict,      # what else is to be told in JSON
+) -> Result:
+    "Do many tasks with one model."
+    model, name = load_model(weights, device)
+    sampling = model.choose_sampling(**asked)
+    out.mkdir(exist_ok=True)
+    rows = run_tasks(tasks, partial(work, model=model, sampling=sampling), stop)
+    failed = sum(row["status"] != "done" for row in rows)
+    known = dict(out=out, results=rows, failed=failed) | known | dict(weights=name, device=model.device)
+    text = tasks_table(rows, out)
+    if sampling.invents: text += f"; {sampling.invents}"
+    return Result(text, known | sampling.options(), int(failed > 0))
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #fa11481e
+@command("rotate", "hip.dcm -o turned.dcm --z 10", "hip.png -o turned.png --x -5 --y 2 --crop --seed 3",
+         "'*.png' -o turned --z 10")
 def rotate_command(
-    radiograph: Input,               # a picture
-    out: Out,                        # a picture of the same frame
+    inputs: Inputs,                  # pictures
+    out: Out,                        # a picture of the same frame; a folder for many
     x: X = 0, y: Y = 0, z: Z = 0,    # degrees
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
     keep: Keep = None,               # of the patient
-    mark: Mark = None,               # the corner
+    mark: MarkView = True,           # the corner
+    kind: Kind = None, on_error: OnError = "skip", strict: Strict = False,  # of many
     detail: Detail = None, line_integrals: Linear = False,                  # for weights that lift
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
 ) -> Result:
-    "Turn the patient in a radiograph. The result has the frame of the input; its ending (.png, .dcm) sets the format."
-    check_result(out)
+    """Turn the patient in a radiograph, or in many. A result has the frame of its input; its name says what kind of
+    file it is. OUT without an ending is a folder, for one result of each input."""
     check_angles(x, y, z)
-    check_input(radiograph)
-    given = read_input(radiograph, invert, frame, line_integrals)
-    from radrotator.radiograph.write import patient_data
-    kept = patient_data(radiograph, *keep) if keep else None
-    model, name = load_model(weights, device)
-    novelty = warn_of_novelty(model, given, crop)
-    began = time.perf_counter()
+    find_weights(weights)
+    reading = Reading(invert, frame, line_integrals)
     asked = dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
-    sampling = model.sampling_options(**asked)
-    with terminal_bar("turning", sampling["steps"]) as move_to:
-        view = model.rotate(given, x, y, z, crop=crop, watch=lambda done, _: move_to(done), **asked)
-    seconds = time.perf_counter() - began
-    view.write(out, mark=mark, keep=kept)
-    known = dict(input=radiograph, out=out, x=x, y=y, z=z, crop=crop, line_integrals=line_integrals, weights=name,
-                 unfamiliar=novelty, size=view.shape, spacing=view.spacing, device=model.device)
-    known |= dict(seconds=round(seconds, 3)) | sampling
-    return Result(describe_rotation(x, y, z, out, seconds, model.lifts), known)
+    how = dict(angles=(x, y, z), strict=strict, keep=keep, mark=mark, crop=crop)
+    if len(inputs) == 1 and kind is None and out.suffix and not out.is_dir() and not is_pattern(inputs[0]):
+        check_word(inputs[0])
+        task = Task(Path(inputs[0]), check_result(out))
+        check_input(task.path)
+        check_keep(keep, [task])
+        return turn_one(task, reading, weights, device, how, asked)
+    tasks = plan_tasks(inputs, out, kind and f".{kind.value}")
+    check_keep(keep, tasks)
+    def turn(task, model, sampling): return turn_file(reading.read(task.path), task, model, sampling=sampling, **how)
+    known = dict(x=x, y=y, z=z, crop=crop, line_integrals=line_integrals)
+    try: return do_many(tasks, out, turn, on_error == "stop", weights, device, asked, known)
+    except KeyboardInterrupt: raise Stopped(f"stopped; the views that are finished are whole, in {out}") from None
 
-# %% ../../nbs/50_app/04_radiographs.ipynb #9d393675
-Film = Annotated[Path, typer.Option(
+# %% ../../nbs/50_app/04_radiographs.ipynb #401620dc
+FilmOut = Annotated[Path, typer.Option(
     "-o", "--out", show_default=False,
-    help="an .mp4 or .gif, or a name without an ending for a folder of PNG frames; nothing that exists is overwritten")]
+    help="an .mp4, .gif or .dcm, or a name without an ending for a folder of PNG frames; of many inputs the folder of "
+         "their films; nothing that exists is overwritten")]
 About = Annotated[Axis, typer.Option(help="x: pelvic tilt, y: in the image plane, z: obliques")]
 Frames = Annotated[int, typer.Option(help="how many")]
 Span = Annotated[float, typer.Option(help="degrees: from -SPAN to SPAN")]
@@ -100,43 +203,111 @@ Fps = Annotated[float, typer.Option(help="frames a second")]
 Label = Annotated[bool, typer.Option("--label", help="write the angle, and SYNTHETIC, into each frame")]
 Bounce = Annotated[bool, typer.Option(
     "--bounce", help="there and back, so that a film can be repeated without a jump")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the frames that an interrupted sweep left")]
+Resume = Annotated[bool, typer.Option(
+    "--resume", help="go on with the frames that an interrupted sweep left; of many, leave out what is finished")]
+FilmKinds = Enum("FilmKinds", {kind: kind for kind in ("mp4", "gif", "dcm", "frames")}, type=str)
+FilmKind = Annotated[FilmKinds | None, typer.Option(
+    "--kind", show_default=False, help="of the films of many inputs  [default: mp4]")]
 
-# %% ../../nbs/50_app/04_radiographs.ipynb #401620dc
-@command("sweep", "hip.dcm -o sweep.mp4 --axis z", "hip.png -o sweep.gif --axis x --frames 31 --fps 10 --label")
+# %% ../../nbs/50_app/04_radiographs.ipynb #aca93a27
+def film_file(
+    given,                    # `Radiograph`
+    task: Task,               # where it is from, and where the film goes
+    model,                    # `RadRotator`
+    strict: bool = False,     # refuse a strange picture
+    keep: list | None = None, # attributes of the patient
+    **how,                    # for `write_sweep`
+) -> dict:                    # what is known of the film
+    "Write a sweep of one radiograph."
+    kept = read_kept(task.path, keep)
+    novelty = warn_of_novelty(model, given, how["crop"], strict)
+    written = model.write_sweep(given, task.out, keep=kept, **how)
+    return dict(out=written, kind=written.suffix[1:].lower() or "frames", unfamiliar=novelty)
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #340ea26d
+def film_one(
+    task: Task,
+    reading: Reading,
+    weights: Path | None, # a file
+    device: str,          # where to compute
+    film: Film,           # what is shown
+    how: dict,            # for `film_file`
+    asked: dict,          # of the solver
+) -> Result:
+    "Write a sweep of one radiograph, under bars that say what is done."
+    with terminal_bar("reading"): given = reading.read(task.path)
+    model, name = load_model(weights, device)
+    sampling = model.choose_sampling(**asked)
+    began = time.perf_counter()
+    known = film_file(given, task, model, progress=partial(terminal_progress, words="frames"), sampling=sampling, **how)
+    seconds = time.perf_counter() - began
+    known |= film_facts(film, reading, how) | dict(input=task.path, weights=name, device=model.device)
+    known |= dict(seconds=round(seconds, 3)) | sampling.options()
+    text = (f"wrote {known['out']}: {film.frames} frames about {film.axis} from {-film.span:g}° to {film.span:g}°, "
+            f"in {seconds:.0f} s")
+    return Result(f"{text}; {sampling.invents}" if sampling.invents else text, known)
+
+
+def film_facts(film, reading, how):
+    "List what is told in JSON of every film."
+    names = "axis", "frames", "span", "fps", "bounce"
+    return {name: getattr(film, name) for name in names} | dict(crop=how["crop"], line_integrals=reading.linear)
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #0be9ce7e
+def names_one_film(inputs, kind):
+    "Find out whether a single film is meant."
+    return len(inputs) == 1 and kind is None and not is_pattern(inputs[0]) and not Path(inputs[0]).is_dir()
+
+
+def plan_films(
+    inputs: list[str],  # as typed
+    out: Path,          # a film, or the folder of films
+    kind,               # of `FilmKinds`, or None
+    resume: bool,       # what is there already is done
+) -> list[Task]:
+    "Refuse a name that no film can have, before anything is computed."
+    if not names_one_film(inputs, kind):
+        kind = kind.value if kind else "mp4"
+        return plan_tasks(inputs, out, "" if kind == "frames" else f".{kind}", resume)
+    check_word(inputs[0])
+    check_film_name(out)
+    check_output(out)
+    check_input(inputs[0])
+    return [Task(Path(inputs[0]), out)]
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #2d9746f7
+@command("sweep", "hip.dcm -o sweep.mp4 --axis z", "hip.png -o sweep.gif --axis x --frames 31 --fps 10 --label",
+         "hips -o films --kind gif --frames 61")
 def sweep_command(
-    radiograph: Input,               # a picture
-    out: Film,                       # a film
+    inputs: Inputs,                  # pictures
+    out: FilmOut,                    # a film; a folder for many
     axis: About = Axis.z,            # to turn about
-    frames: Frames = 300,            # how many
-    span: Span = 15.0,               # degrees
-    fps: Fps = 30.0,                 # frames a second
-    label: Label = False,            # the angle
-    bounce: Bounce = False,          # there and back
+    frames: Frames = 300, span: Span = 15.0, fps: Fps = 30.0, # how many, degrees, a second
+    label: Label = False, bounce: Bounce = False,             # the angle; there and back
     resume: Resume = False,          # go on
     crop: Crop = False, invert: Invert = False, frame: Frame = None,  # how to read it
+    keep: Keep = None,               # of the patient
+    mark: MarkView = True,           # the corner
+    kind: FilmKind = None, on_error: OnError = "skip", strict: Strict = False,  # of many
     detail: Detail = None, line_integrals: Linear = False,                  # for weights that lift
     steps: Steps = None, guidance: Guidance = None, solver: Solver = None,  # of the solver
     seed: Seed = 0,                  # of the noise
     weights: Weights = None,         # a file
     device: Device = "auto",         # where to compute
 ) -> Result:
-    "Turn through many angles: a video, a GIF or frames."
-    check_output(out)
-    check_input(radiograph)
-    given = read_input(radiograph, invert, frame, line_integrals)
-    model, name = load_model(weights, device)
-    novelty = warn_of_novelty(model, given, crop)
-    film = dict(frames=frames, span=span, fps=fps, bounce=bounce, crop=crop)
+    """Turn through many angles: a video, a GIF or frames. Of many radiographs OUT is the folder of their films; a name
+    in .dcm makes one DICOM file of many frames."""
+    film = Film(axis.value, frames, span, fps, bounce, label, mark)
+    reading = Reading(invert, frame, line_integrals)
     asked = dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
-    show = partial(terminal_progress, words="frames")
-    began = time.perf_counter()
-    try: written = model.write_sweep(given, out, axis.value, label=label, resume=resume, progress=show, **film, **asked)
+    how = dict(strict=strict, keep=keep, crop=crop, resume=resume) | vars(film)
+    find_weights(weights)
+    tasks = plan_films(inputs, out, kind, resume)
+    check_keep(keep, tasks)
+    def show(task, model, sampling): return film_file(reading.read(task.path), task, model, sampling=sampling, **how)
+    try:
+        if names_one_film(inputs, kind): return film_one(tasks[0], reading, weights, device, film, how, asked)
+        facts = film_facts(film, reading, how)
+        return do_many(tasks, out, show, on_error == "stop", weights, device, asked, facts)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command with --resume goes on with the frames that are finished") from None
-    seconds = time.perf_counter() - began
-    known = dict(input=radiograph, out=written, kind=written.suffix[1:].lower() or "frames", axis=axis.value)
-    known |= film | dict(line_integrals=line_integrals, weights=name, unfamiliar=novelty, device=model.device)
-    known |= dict(seconds=round(seconds, 3)) | model.sampling_options(**asked)
-    text = f"wrote {written}: {frames} frames about {axis.value} from {-span:g}° to {span:g}°, in {seconds:.0f} s"
-    return Result(text, known)

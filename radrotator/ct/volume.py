@@ -38,6 +38,16 @@ class CT:
         if self.isocentre is not None: return np.asarray(self.isocentre, float)
         return self.affine[:3, :3] @ ((np.array(self.shape) - 1)/2) + self.affine[:3, 3]
 
+# %% ../../nbs/10_ct/00_volume.ipynb #1449d22f
+@patch
+def __repr__(self: CT) -> str:
+    "Say in one line what it is."
+    voxels = "×".join(map(str, self.shape))
+    spacing = "×".join(f"{mm:.3g}" for mm in self.spacing)
+    values = f"{self.hu.min():.0f} to {self.hu.max():.0f} HU" if self.hu.size else "no values"
+    labels = ", with labels" if self.labels is not None else ""
+    return f"<CT {self.name}: {voxels} voxels of {spacing} mm, {values}{labels}>"
+
 # %% ../../nbs/10_ct/00_volume.ipynb #64c97be5
 REASONS = dict(
     UNREADABLE="damaged, cut short, closed to us, or not what its name says",

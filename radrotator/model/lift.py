@@ -150,10 +150,7 @@ class QuantileNet(nn.Module):
         "Choose by the ranks of a picture."
         return self.choose(mid_ranks(picture.flatten(1), known.flatten(1) > 0).view_as(picture), known)
 
-    def choose(self,
-        ranks,    # (B, 1, S, S) in [0, 1]
-        known,    # (B, 1, S, S) 1 where it shows something
-    ):            # (B, bank) logarithms of the mixture's weights
+    def choose(self, ranks, known):  # as in `forward`, with ranks for the picture
         "Choose by what the picture of the ranks looks like."
         seen = self.see(F.pixel_unshuffle(torch.cat([(ranks - 0.5)*known, known - 0.5], 1), self.fold))
         chosen = self.tell(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)).float()

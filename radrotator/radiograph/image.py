@@ -14,6 +14,21 @@ from fastcore.basics import patch
 from ..core import RadRotatorError
 
 # %% ../../nbs/30_radiograph/00_image.ipynb #18c036f3
+def check_pixels(
+    pixels: np.ndarray,  # float32
+    name: str,           # of what is refused
+):
+    "Refuse what is no picture (H, W) of finite numbers in [0, 1], and say which of these it is not."
+    reason = None
+    if pixels.ndim != 2: reason = f"it has {pixels.ndim} dimensions, not two. Give one picture (H, W)"
+    elif not pixels.size: reason = "it has no pixels. Give a picture (H, W)"
+    elif not np.isfinite(pixels).all(): reason = "it holds values that are not finite numbers. Replace them"
+    elif pixels.min() < 0 or pixels.max() > 1:
+        reason = (f"its values run from {pixels.min():.4g} to {pixels.max():.4g}, not within 0 and 1. Scale them, "
+                  "by radrotator.radiograph.image.to_unit if their least is black and their greatest white")
+    if reason: raise RadRotatorError(f"cannot use {name}: {reason}.", "BAD_PIXELS")
+
+# %% ../../nbs/30_radiograph/00_image.ipynb #f11097d5
 @dataclass(frozen=True, eq=False)
 class Radiograph:
     "A plain radiograph, bone bright."
@@ -26,10 +41,7 @@ class Radiograph:
 
     def __post_init__(self):
         pixels = np.asarray(self.pixels, np.float32)
-        is_picture = pixels.ndim == 2 and pixels.size and np.isfinite(pixels).all()
-        if not is_picture or pixels.min() < 0 or pixels.max() > 1:
-            reason = "a radiograph is a picture (H, W) of finite numbers in [0, 1]. Scale it with to_unit first."
-            raise RadRotatorError(f"cannot use {self.source or 'this array'}: {reason}", "BAD_PIXELS")
+        check_pixels(pixels, self.source or "this array")
         object.__setattr__(self, "pixels", pixels)
 
     @property
@@ -39,6 +51,36 @@ class Radiograph:
     def pixel_aspect(self) -> float:
         "Height of a pixel over its width; 1 where nothing is known."
         return self.spacing[0]/self.spacing[1] if self.spacing else self.aspect or 1.0
+
+# %% ../../nbs/30_radiograph/00_image.ipynb #448b0f9b
+@patch
+def __array__(
+    self: Radiograph,
+    dtype=None,       # of the array; None: float32
+    copy=None,        # True: always; False: never; None: where the type asks for it
+) -> np.ndarray:      # (H, W)
+    "Give the pixels, for NumPy and what builds on it."
+    return np.array(self.pixels, dtype, copy=copy)
+
+
+@patch
+def __repr__(self: Radiograph) -> str:
+    "Say in one line what it is."
+    height, width = self.shape
+    rows, columns = self.spacing or (None, None)
+    spacing = f"{rows:.4g}×{columns:.4g} mm a pixel" if self.spacing else "of unknown spacing"
+    kind = ", line integrals" if self.linear else ""
+    source = f", {' '.join(self.source.split())}" if self.source else ""
+    return f"<{type(self).__name__}: {height}×{width} pixels, {spacing}{kind}{source}>"
+
+
+def _name_write(self, name):
+    "Name `write` to whoever looks for `save`."
+    hint = ". Write it to a file with .write(path)" if name == "save" else ""
+    raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
+
+
+Radiograph.__getattr__ = _name_write  # a patch of this name would be taken for the module's own
 
 # %% ../../nbs/30_radiograph/00_image.ipynb #51dfe39b
 def to_unit(

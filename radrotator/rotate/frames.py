@@ -12,13 +12,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np, torch
+from PIL import Image
 
 from .. import __version__
 from ..core import RadRotatorError
 from ..files import atomic_file, check_output, folder_lock, write_csv
+from ..film import Film
 from ..radiograph.image import Radiograph
-from ..radiograph.write import TITLE, burn_mark, write_picture
+from ..radiograph.write import MARK, TITLE, Caption, quiet_corner, write_picture
 from ..resume import other_setting_error
+from .video import to_eight_bits
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #ce6309b1
 HALF_WRITTEN = r"\..*"                                                # temporary files
@@ -44,7 +47,7 @@ def _check_manifest(
     folder = manifest.parent
     if not resume:
         raise RadRotatorError(f"cannot begin: {folder} holds the frames of an interrupted sweep. Resume it "
-                              "(resume=True, or --resume in a shell), or remove the folder.", "INTERRUPTED")
+                              "(resume=True), or remove the folder.", "INTERRUPTED")
     try: before = dict(json.loads(manifest.read_text()))
     except (ValueError, TypeError):
         sentence = f"cannot resume: {folder} does not say what its frames are. Remove the folder."
@@ -125,45 +128,62 @@ def sweep_manifest(
     version = f"radrotator {__version__}, torch {torch.__version__}"
     return dict(radiograph=pixels, weights=weights, device=device, version=version) | settings
 
-# %% ../../nbs/31_rotate/05_frames.ipynb #27f0ac9b
-def format_angle(
-    axis: str,      # "x", "y" or "z"
-    angle: float,   # degrees
-) -> str:           # for a caption
-    "Write an angle as people read it, with its sign."
-    return f"{axis} = {round(angle, 1):+.1f}°".replace("-", "−").replace("−0.0", "0.0").replace("+0.0", "0.0")
-
 # %% ../../nbs/31_rotate/05_frames.ipynb #ee7d24f4
+def choose_caption(
+    radiograph: Radiograph,  # that is turned
+    film: Film,              # what is shown
+) -> Callable:               # (pixels, what angle it is) → pixels with what is written into them
+    "Find out what is written into frames, and where."
+    shape = radiograph.shape
+    if film.label: return lambda pixels, where: Caption(shape, f"{where}\n{MARK}", scale=1.6).burn(pixels)
+    if not film.mark: return lambda pixels, where: pixels
+    mark = Caption(shape, MARK, quiet_corner(radiograph.pixels))
+    return lambda pixels, where: mark.burn(pixels)
+
+# %% ../../nbs/31_rotate/05_frames.ipynb #bbd24b02
+QUICK = 1  # compression of frames: a quarter of the time of Pillow's default, for files that are an eighth larger
+
+
+def write_frame(
+    pixels: np.ndarray,  # (H, W) in [0, 1]
+    path: Path,          # .png
+    bits: int,           # 8: as a film shows it; 16
+    text: str,           # what it shows; kept in 16 bits, which a user may keep
+):
+    "Write a frame, whole or not at all."
+    if bits == 16: return write_picture(Radiograph(pixels), path, text, QUICK)
+    levels = to_eight_bits(np.rint(pixels*65535).astype(np.uint16))
+    with atomic_file(path) as temporary: Image.fromarray(levels).save(temporary, "PNG", compress_level=QUICK)
+
+# %% ../../nbs/31_rotate/05_frames.ipynb #ddf51c7b
 def write_frames(
     make_views: Callable,    # called with the first frame wanted; gives an iterator of `Radiograph`s from there on
     folder: Path,            # hidden, with the frames that are there already
-    axis: str,               # "x", "y" or "z"
-    angles: np.ndarray,      # (N,) degrees
+    film: Film,              # what is shown
     batch: int,              # views that are made together, at most
-    label: bool,             # whether the angle is written into the frame
+    caption: Callable,       # from `choose_caption`
+    bits: int,               # 8: as a film shows it; 16
     text: str,               # how they are made, to be kept in each
     progress: Callable,      # (frames, how many) → the same frames, for a progress bar
-) -> list[Path]:             # N of PNG, 16 bits
+) -> list[Path]:             # N of PNG
     "Write the frames that are missing, each as soon as it is made."
-    digits = max(3, len(str(len(angles) - 1)))
-    paths = [folder/f"{i:0{digits}}.png" for i in range(len(angles))]
+    digits = max(3, len(str(film.frames - 1)))
+    paths = [folder/f"{i:0{digits}}.png" for i in range(film.frames)]
     done = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
     if done == len(paths): return paths
     again = done % batch if done else 0  # a batch is made as a whole: its other views may change the last bit of one
     views = islice(make_views(done - again), again, None)
-    for view, path, angle in zip(progress(views, len(paths) - done), paths[done:], angles[done:]):
-        where = format_angle(axis, angle)
-        pixels = burn_mark(view.pixels, f"{where}\nSYNTHETIC") if label else view.pixels
-        write_picture(Radiograph(pixels), path, f"{TITLE}. {where}; {text}")
+    for view, path, where in zip(progress(views, len(paths) - done), paths[done:], film.labels[done:]):
+        write_frame(caption(view.pixels, where), path, bits, f"{TITLE}. {where}; {text}")
     return paths
 
 # %% ../../nbs/31_rotate/05_frames.ipynb #0ada1615
 def write_angles(
     path: Path,         # .csv
     frames: list[Path], # in their order
-    axis: str,          # "x", "y" or "z"
-    angles: np.ndarray, # (N,) degrees
+    film: Film,         # what they show
 ):
     "Write a table of frames and their angles."
-    rows = [dict(frame=frame.name, axis=axis, degrees=f"{angle:.4f}") for frame, angle in zip(frames, angles)]
-    write_csv(path, ("frame", "axis", "degrees"), rows)
+    rows = [(frame.name, film.axis, f"{angle:.4f}") for frame, angle in zip(frames, film.angles)]
+    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([("frame", "axis", "degrees"), *rows])

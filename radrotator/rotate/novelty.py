@@ -130,7 +130,7 @@ def novelty_score(
 
 # %% ../../nbs/31_rotate/03_novelty.ipynb #d9ebfee4
 TURNS = "", "turned by 90° against the clock", "turned by 180°", "turned by 90° with the clock"
-NEGATIVE = "as a negative (bone seems to be dark: read it inverted)"
+NEGATIVE = "as a negative (bone seems to be dark: read it with invert=True)"
 
 # %% ../../nbs/31_rotate/03_novelty.ipynb #4d513a31
 def candidate_fixes(

@@ -35,22 +35,24 @@ def options(self: Sampling) -> dict: # name → value
 # %% ../../nbs/31_rotate/00_sampling.ipynb #b5792856
 def _check_lifting(chosen, samples):
     "Refuse what weights that lift do not know, and drop the guidance of 1 that means none."
-    if chosen.pop("guidance", 1.0) != 1.0:
+    guidance = chosen.pop("guidance", 1.0)
+    if guidance != 1.0:
         raise RadRotatorError("cannot guide: these weights are told no rotation that guidance could stress. "
-                              "Leave guidance out.", "NO_GUIDANCE")
+                              f"Leave out guidance={guidance:g}.", "NO_GUIDANCE")
     if not 0 <= chosen["detail"] <= 1:
         raise RadRotatorError(f"cannot set detail to {chosen['detail']}: it is a share. "
                               "Give a number from 0 (the mean) to 1 (sharp).", "DETAIL")
     if chosen["steps"] > 1 and not samples:
         raise RadRotatorError(f"cannot draw samples in {chosen['steps']} steps: these weights know the mean alone. "
-                              "Leave steps out, or use weights trained with lifting.early above 0.", "NO_SAMPLES")
+                              f"Leave out steps={chosen['steps']}, or use weights trained with lifting.early above 0.",
+                              "NO_SAMPLES")
 
 # %% ../../nbs/31_rotate/00_sampling.ipynb #f0f2ee88
 def _check_drawing(chosen):
     "Refuse what weights that draw whole views do not know."
     if "detail" in chosen:
         raise RadRotatorError("cannot set detail: these weights draw whole views. "
-                              "Leave it out, or use weights that lift.", "NO_DETAIL")
+                              f"Leave out detail={chosen['detail']:g}, or use weights that lift.", "NO_DETAIL")
 
 # %% ../../nbs/31_rotate/00_sampling.ipynb #770d1ab1
 def resolve_sampling(
@@ -70,3 +72,10 @@ def resolve_sampling(
     _, spacing = SOLVERS[chosen["solver"]]
     time_steps(chosen["steps"], spacing)  # refuses too few and too many
     return Sampling(**chosen)
+
+# %% ../../nbs/31_rotate/00_sampling.ipynb #de9b633f
+@patch(as_prop=True)
+def invents(self: Sampling) -> str | None: # a clause; None where the view is a mean
+    "Say what more than one step means for whoever looks at the view."
+    if self.steps == 1: return None
+    return f"drawn in {self.steps} steps: one patient who fits the picture; texture is invented"

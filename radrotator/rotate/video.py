@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 
 from ..core import RadRotatorError, RadRotatorWarning
+from ..film import check_film_name
 from ..radiograph.image import Radiograph, resize
 from ..radiograph.write import TITLE
 
@@ -34,16 +35,30 @@ def fit_to_film(
     return replace(radiograph, pixels=np.clip(pixels, 0, 1), spacing=None, aspect=None)
 
 # %% ../../nbs/31_rotate/04_video.ipynb #0748713a
-def read_frame(
-    path: Path,      # PNG of 16 bits
-) -> np.ndarray:     # (H, W) uint8
-    "Read a frame as a film shows it."
+def to_eight_bits(
+    levels: np.ndarray, # (H, W) uint16
+) -> np.ndarray:        # (H, W) uint8
+    "Give 16-bit levels as a film shows them."
+    return ((levels.astype(np.uint32) + 128)//257).astype(np.uint8)
+
+
+def read_levels(
+    path: Path,      # PNG of 8 or 16 bits
+) -> np.ndarray:     # (H, W) uint8 or uint16
+    "Read a frame as it was written."
     try:
-        with Image.open(path) as image: levels = np.asarray(image, np.uint32)
+        with Image.open(path) as image: return np.asarray(image, np.uint8 if image.mode == "L" else np.uint16)
     except OSError:
         sentence = f"cannot use {path}: this frame is damaged. Remove it, then resume."
         raise RadRotatorError(sentence, "DAMAGED_FRAME") from None
-    return ((levels + 128)//257).astype(np.uint8)
+
+
+def read_frame(
+    path: Path,      # PNG of 8 or 16 bits
+) -> np.ndarray:     # (H, W) uint8
+    "Read a frame as a film shows it."
+    levels = read_levels(path)
+    return levels if levels.dtype == np.uint8 else to_eight_bits(levels)
 
 # %% ../../nbs/31_rotate/04_video.ipynb #f4cd2eb3
 BT709 = ("-vf setparams=range=full,scale=out_range=limited,format=yuv420p,"
@@ -58,7 +73,7 @@ def _make_even(picture):
 # %% ../../nbs/31_rotate/04_video.ipynb #7e6536f2
 def write_mp4(
     path: Path,          # .mp4
-    frames: list[Path],  # PNG of 16 bits, all of one size
+    frames: list[Path],  # PNG, all of one size
     fps: float,          # frames a second
     comment: str,        # what the film shows
     progress: Callable,  # (frames, how many) → the same frames, for a progress bar
@@ -66,7 +81,7 @@ def write_mp4(
     "Encode a video."
     from imageio_ffmpeg import count_frames_and_secs, write_frames
     tags = ["-metadata", f"title={TITLE}", "-metadata", f"comment={comment}"]
-    options = [*f"-crf 10 {BT709} {EXACT} -movflags +faststart".split(), *tags]
+    options = [*f"-crf 10 -preset veryfast {BT709} {EXACT} -movflags +faststart".split(), *tags]
     height, width = _make_even(read_frame(frames[0])).shape
     encoder = write_frames(path, (width, height), "gray", "yuv420p", fps, None, codec="libx264", macro_block_size=1,
                            ffmpeg_log_level="quiet", output_params=options)
@@ -92,7 +107,7 @@ def has_encoder() -> bool: # of H.264
 # %% ../../nbs/31_rotate/04_video.ipynb #7b5fc520
 def write_gif(
     path: Path,          # .gif
-    frames: list[Path],  # PNG of 16 bits, all of one size
+    frames: list[Path],  # PNG, all of one size
     fps: float,          # frames a second
     comment: str,        # what the film shows
     progress: Callable,  # (frames, how many) → the same frames, for a progress bar
@@ -109,15 +124,12 @@ def write_gif(
 # %% ../../nbs/31_rotate/04_video.ipynb #36b8a6c5
 def choose_encoder(
     path: str | Path, # of the result
-) -> tuple:           # (where it is written, `write_mp4`, `write_gif` or None for a folder of frames)
+) -> tuple:           # (where it is written, `write_mp4`, `write_gif` or None where frames are not put into a film)
     "Find out from its name what kind of result is wanted."
     path = Path(path)
-    encoders = {".mp4": write_mp4, ".gif": write_gif, "": None}
-    kind = path.suffix.lower()
-    if kind not in encoders or not path.name:
-        raise RadRotatorError(f"cannot write {path}: its ending is not that of a film. End it in .mp4 or .gif, "
-                              "or give no ending for a folder of frames.", "FILM_KIND")
-    if kind != ".mp4" or has_encoder(): return path, encoders[kind]
+    encoders = {".mp4": write_mp4, ".gif": write_gif}
+    kind = check_film_name(path)
+    if kind != ".mp4" or has_encoder(): return path, encoders.get(kind)
     folder = path.with_suffix("")
     warnings.warn(f"there is no encoder of H.264 here, so instead of {path} the frames are written into the folder "
                   f"{folder}; reinstall imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name an ffmpeg that has libx264",

@@ -62,8 +62,15 @@ class TrainConfig:
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # %% ../../nbs/21_train/03_config.ipynb #db7fab20
-def _make_lion(groups, rate): return Lion(groups, lr=rate)
-def _make_adamw(groups, rate): return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), foreach=True)
+def _make_lion(groups, rate):
+    "Make the paper's optimizer."
+    return Lion(groups, lr=rate)
+
+
+def _make_adamw(groups, rate):
+    "Make the one that serves a plain regression better."
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), foreach=True)
+
 
 OPTIMIZERS = {"lion": _make_lion, "adamw": _make_adamw}
 

@@ -47,7 +47,7 @@ def non_finite_error(self: Trainer,
     step: int,            # at which, from 0
     name: str = "loss",   # of the figure
 ) -> RadRotatorError:
-    "Make the error for a loss, or a gradient, that is no number any more."
+    "Make the error for a loss, or a gradient, that is not finite."
     return RadRotatorError(f"cannot go on: the {name} became {figure.item()} at step {step + 1}; the last checkpoint "
                            f"in {self.folder} is intact. Begin again from its weights (--init) with a lower rate, or "
                            "look at the data.", "NOT_FINITE")
@@ -170,7 +170,7 @@ def any_process_wishes(self: Trainer,
 @patch
 def find_stop_reason(self: Trainer,
     stop: StopSignal,  # whether a signal has come
-    late: bool,        # whether the time is over
+    late: bool,        # whether the time limit has passed
 ) -> str:              # "", or why the run ends: "signal", "steps" or "time"
     "Find out whether the run ends here."
     if self.any_process_wishes(bool(stop)): return "signal"
@@ -189,7 +189,7 @@ def is_out_of_patience(self: Trainer) -> bool:
 def average_steps(self: Trainer,
     figures: list,           # what `train_step` gave back, step by step
 ) -> tuple[float, float]:    # mean loss and mean norm of the gradient, over all processes
-    "Average the figures of the last steps, or refuse to go on where one is no number any more."
+    "Average the figures of the last steps, or refuse to go on where one is not finite."
     shared = self.accelerator.reduce(torch.stack(figures), "mean")
     bad = (~shared.isfinite()).nonzero().tolist()
     if bad:
