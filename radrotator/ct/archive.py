@@ -18,7 +18,8 @@ from .nifti import has_nifti_mark, nifti_header, nifti_shape, stem_of
 from .series import DICOM_NAMES, is_index
 from .slices import MAX_SERIES_BYTES
 from .volume import Refusal
-from ..dicom import is_dicom, modality, read_dicom
+from ..attributes import modality
+from ..dicom import is_dicom, read_dicom
 
 # %% ../../nbs/10_ct/07_archive.ipynb #7f2593a2
 def walk_files(

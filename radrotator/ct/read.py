@@ -15,7 +15,8 @@ from .nifti import has_nifti_mark, read_nifti_ct
 from .series import is_index, read_dicom_ct
 from .slices import quiet_series, read_slice
 from .volume import CT, refusal_of
-from ..dicom import is_dicom, modality
+from ..attributes import modality
+from ..dicom import is_dicom
 
 # %% ../../nbs/10_ct/04_read.ipynb #93891902
 PROJECTIONS = "CR", "DX", "RF", "XA", "MG", "PX", "IO"  # modalities of radiographs

@@ -15,7 +15,8 @@ import pydicom
 
 from .slices import decode_slices, header_numbers, quiet_series, read_slice, slice_hu, split_frames
 from .volume import CT, MAX_VOXELS, Refusal, check_affine, clean_hu, refusal_of
-from ..dicom import is_dicom, modality, read_integer
+from ..attributes import modality, read_integer
+from ..dicom import is_dicom
 
 # %% ../../nbs/10_ct/03_series.ipynb #45dfbd67
 INDEX = pydicom.uid.MediaStorageDirectoryStorage

@@ -14,7 +14,8 @@ from scipy import ndimage
 
 from ..core import RadRotatorError
 from .volume import HU_RANGE, MAX_VOXELS, Refusal, refusal_of
-from ..dicom import decode_pixels, quiet_dicom, read_code, read_dicom, read_integer, read_numbers
+from ..attributes import read_code, read_integer, read_numbers
+from ..dicom import decode_pixels, quiet_dicom, read_dicom
 
 # %% ../../nbs/10_ct/02_slices.ipynb #9107556b
 @contextmanager

@@ -13,7 +13,8 @@ import numpy as np
 import pydicom
 
 from ..core import RadRotatorError, RadRotatorWarning
-from ..dicom import decode_pixels, file_error, read_code, read_integer, read_numbers
+from ..attributes import file_error, read_code, read_integer, read_numbers
+from ..dicom import decode_pixels
 
 # %% ../../nbs/30_radiograph/02_display.ipynb #0b5d8481
 def warn_about(

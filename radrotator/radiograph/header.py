@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pydicom
 
-from ..dicom import check_size, modality, pick_frame, read_code, read_dicom, read_integer, read_numbers
+from ..attributes import modality, read_code, read_integer, read_numbers
+from ..dicom import check_size, pick_frame, read_dicom
 from .display import grey_values, warn_about
 
 # %% ../../nbs/30_radiograph/03_header.ipynb #39f8bab1

@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ..codestream import decode_codestream, read_codestream
 from ..core import RadRotatorError, silence_loggers
-from ..dicom import MAX_BYTES, check_size, choose_frame, file_error
+from ..attributes import file_error
+from ..dicom import MAX_BYTES, check_size, choose_frame
 from .display import to_luminance
 
 # %% ../../nbs/30_radiograph/04_picture.ipynb #46bbdcad

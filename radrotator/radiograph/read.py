@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import check_input
-from ..dicom import file_error, is_dicom
+from ..attributes import file_error
+from ..dicom import is_dicom
 from .display import warn_about
 from .header import DicomImage, Spacing, read_image
 from .image import Radiograph, to_unit
