@@ -172,7 +172,7 @@ HEADERS = {  # what a header says, and the code that it gets
     "CT": (dict(modality="CT"), "NOT_A_RADIOGRAPH"),
     "report": (dict(modality="SR"), "NOT_A_RADIOGRAPH"),
     "long": (dict(modality="SECRET NAME", Rows=0), "UNREADABLE"),
-    "slope": (dict(RescaleSlope=float("nan"), RescaleIntercept=0), "BLANK"),
+    "slope": (dict(RescaleSlope=float("nan"), RescaleIntercept=0), "UNREADABLE"),
     "even": (dict(stored=np.full((64, 48), 7, np.uint16)), "BLANK"),
     "narrow": (dict(stored=np.zeros((64, 2), np.uint16)), "TOO_SMALL"),
 }
@@ -326,14 +326,14 @@ SLICES = {  # what the header of one slice says, and the code that the series ge
     "moved": (dict(ImagePositionPatient=[0, 0, 4.7]), "UNEVEN_SLICES"),
     "twice": (dict(ImagePositionPatient=[0, 0, 2]), "DUPLICATE_SLICES"),
     "nan": (dict(ImagePositionPatient=[0, 0, float("nan")]), "BAD_GEOMETRY"),
-    "two numbers": (dict(ImagePositionPatient=[0, 4]), "UNREADABLE"),
+    "two numbers": (dict(ImagePositionPatient=[0, 4]), "BAD_GEOMETRY"),
     "localizer": (dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "MISSING_SLICES"),
     "no place": (dict(ImagePositionPatient=None), "MISSING_SLICES"),
     "series": (dict(SeriesInstanceUID="1.2.4"), "MIXED_SERIES"),
     "slope": (dict(RescaleSlope=0), "NOT_HU"),
     "frames": (dict(NumberOfFrames=5), "MULTI_FRAME"),
     "bits": (dict(BitsAllocated=7), "UNREADABLE"),
-    "huge": (dict(Rows=60000, Columns=60000), "MISSING_SLICES"),
+    "huge": (dict(Rows=60000, Columns=60000), "MIXED_SERIES"),
 }
 
 
