@@ -4,7 +4,7 @@
 # make quick      while you edit: the house rules, the fast tests, and the notebooks that you changed
 # make export     write radrotator/ from the notebooks
 # make notebooks  execute the notebooks and store what they print and draw
-# make docs       write the documentation site to _docs/, without Quarto
+# make docs       write the documentation site to _docs/, without Quarto; with npm also the page that rotates in the browser
 # make readme     write README.md and MODEL_CARD.md from their notebooks
 # make clean      remove what was made, except .venv and runs/
 
@@ -44,7 +44,7 @@ readme: $(DEV)
 	$(PY) .ci/readme.py
 
 clean:
-	rm -rf demo build dist *.egg-info .pytest_cache _proc _docs nbs/nbdev.yml
+	rm -rf web/node_modules demo build dist *.egg-info .pytest_cache _proc _docs nbs/nbdev.yml
 	find radrotator tests nbs .ci -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py settings.ini

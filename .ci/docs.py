@@ -7,7 +7,7 @@
 Navigation and titles come from _quarto.yml and the notebooks, links to the source from settings.ini. No cell runs
 but those that nbdev runs to know the signatures: imports and definitions. The pages need neither network nor server.
 """
-import argparse, ast, base64, html, itertools, json, os, re, shutil, tempfile
+import argparse, ast, base64, html, itertools, json, os, re, shutil, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -338,6 +338,21 @@ def search_entries(pages):
         for id, heading, _, words in page.sections: yield f"{page.href}#{id}", page.title, heading, words[:2000]
 
 
+def write_rotator(folder):
+    "The page that turns a radiograph in the browser, where npm can build it; otherwise say that it is left out"
+    sys.path.insert(0, str(ROOT/".ci"))
+    from rotator import build_page
+    missing = build_page(folder)
+    if missing: print(f"the page rotate.html is left out: {missing}")
+    return not missing
+
+
+def unlink_rotator(texts):
+    "No links to a page that was left out"
+    for soup in texts:
+        for link in soup.select('a[href$="rotate.html"]'): link.unwrap()
+
+
 def render(sections, website, proc, folder, settings):
     "Every page, and what a search looks through"
     groups = [(title, [Page(name, title, label) for name, label in entries]) for title, entries in sections]
@@ -345,6 +360,7 @@ def render(sections, website, proc, folder, settings):
     notebooks = [json.loads((proc/page.notebook).read_text(encoding="utf-8")) for page in pages]
     texts = [body_of(page, nb, folder, settings) for page, nb in zip(pages, notebooks)]
     unlink_missing(pages, texts)
+    if not write_rotator(folder): unlink_rotator(texts)
     for page, soup in zip(pages, texts): write_page(page, groups, soup, website, settings, folder)
     found = json.dumps([*search_entries(pages)], ensure_ascii=False)
     (folder/"search.js").write_text(f"const SEARCH = {found}", encoding="utf-8")
@@ -362,7 +378,9 @@ def main():
     args = parser.parse_args()
     website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
     sections = list(sections_of(website["sidebar"]))
-    if args.prepare: return prepare(sections, ROOT/"_proc")
+    if args.prepare:
+        prepare(sections, ROOT/"_proc")
+        return write_rotator(ROOT/"_proc")
     with tempfile.TemporaryDirectory() as folder:
         settings = prepare(sections, Path(folder)/"proc")
         if (args.to/"search.js").exists(): shutil.rmtree(args.to)  # an older site, and nothing else

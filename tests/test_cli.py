@@ -264,6 +264,9 @@ REFUSED = {
     "convert untrained.safetensors -o out.safetensors": "NOT_A_CHECKPOINT untrained.safetensors",
     "convert untrained.safetensors -o out.png": "KIND .safetensors",
 
+    f"export -o out.pt {LIFT}": "KIND .onnx",
+    f"export -o out.onnx {DRAW}": "NOT_A_LIFT",
+
     "train -o run": "ONE_SOURCE",
     "train -o run --resume": "NO_RUN run",
     "train -o other": "NOT_A_RUN other",
@@ -597,6 +600,7 @@ LINES = {
     "report": "report json/run",
     "evaluate": f"evaluate --cts json/one -o json/judged {LIFT} --device cpu {FEW}",
     "convert": "convert json/theirs.ckpt -o json/c.safetensors --size 32 --heads 2 --no-ema",
+    "export": f"export -o json/m.onnx {LIFT}",
     "demo": f"demo -o json/demo --radiograph hip.png {LIFT}",
     "doctor": "doctor",
 }

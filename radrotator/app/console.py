@@ -22,7 +22,7 @@ from ..core import RadRotatorError, RadRotatorWarning
 COMMAND_GROUPS = {
     "A radiograph": ("rotate", "sweep", "demo"),
     "CT": ("drr", "ingest", "pairs"),
-    "Training": ("train", "report", "evaluate", "convert", "phantom"),
+    "Training": ("train", "report", "evaluate", "convert", "export", "phantom"),
     "Trouble": ("doctor",),
 }
 OPTION_HELP = {

@@ -147,8 +147,11 @@ class QuantileNet(nn.Module):
         picture,  # (B, 1, S, S) in any tones, rising with the line integral
         known,    # (B, 1, S, S) 1 where it shows something
     ):            # (B, bank) logarithms of the mixture's weights
+        "Choose by the ranks of a picture."
+        return self.choose(mid_ranks(picture.flatten(1), known.flatten(1) > 0).view_as(picture), known)
+
+    def choose(self, ranks, known):  # as in `forward`, with ranks for the picture
         "Choose by what the picture of the ranks looks like."
-        ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0).view_as(picture)
         seen = self.see(F.pixel_unshuffle(torch.cat([(ranks - 0.5)*known, known - 0.5], 1), self.fold))
         chosen = self.tell(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)).float()
         return chosen.log_softmax(1)
@@ -222,23 +225,17 @@ def step_features(
     angles = t[:, None].float()*frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-# %% ../../nbs/20_model/03_lift.ipynb #b51ff4b6
+# %% ../../nbs/20_model/03_lift.ipynb #5a1e0b77
 @patch
-def forward(self: Lift,
-    picture,     # (B, 1, S, S) a radiograph in any tones that rise with the line integral
-    known,       # (B, 1, S, S) 1 where it shows something
-    linear=None, # (B,) bool: whose tones are line integrals; None: everybody's
-    noisy=None,  # (B, K − 1, S, S) noisy cumulative shares; None: the last step, at which they say nothing
+def share(self: Lift,
+    picture,     # (B, 1, S, S) line integrals
+    known,       # (B, 1, S, S) 1 where they are known
+    noisy=None,  # (B, K − 1, S, S) noisy cumulative shares; None: the last step
     t=None,      # (B,) steps they are at
-) -> Shares:
-    "Say at which depth each part of a radiograph lies."
+) -> tuple:      # tissue, detail, rim and gate of `Shares`
+    "Share line integrals out over depth."
     config = self.config
     K = config.slabs
-    tones = self.tone(picture, known)
-    if linear is not None:
-        ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0)
-        estimate = from_ranks(ranks, self.tone.quantiles(tones.detach())).view_as(picture)
-        picture = torch.where(linear.view(-1, 1, 1, 1), picture, estimate)
     h = self.stem(F.pixel_unshuffle(features(picture, known), 2))
     step = None
     if noisy is not None:
@@ -262,7 +259,24 @@ def forward(self: Lift,
     around = _resize(around.float(), config.canvas)
     usual = _resize(self.population[None], config.canvas)
     tissue, detail = (logits.unflatten(1, (2, K)) + crop_middle(usual, config.size)[:, None]).softmax(2).unbind(1)
-    return Shares(tissue, detail, (around[:, :K] + usual).softmax(1), 2*around[:, K:].sigmoid(), tones)
+    return tissue, detail, (around[:, :K] + usual).softmax(1), 2*around[:, K:].sigmoid()
+
+# %% ../../nbs/20_model/03_lift.ipynb #b51ff4b6
+@patch
+def forward(self: Lift,
+    picture,     # (B, 1, S, S) a radiograph in any tones that rise with the line integral
+    known,       # (B, 1, S, S) 1 where it shows something
+    linear=None, # (B,) bool: whose tones are line integrals; None: everybody's
+    noisy=None,  # (B, K − 1, S, S) noisy cumulative shares; None: the last step, at which they say nothing
+    t=None,      # (B,) steps they are at
+) -> Shares:
+    "Say at which depth each part of a radiograph lies."
+    tones = self.tone(picture, known)
+    if linear is not None:
+        ranks = mid_ranks(picture.flatten(1), known.flatten(1) > 0)
+        estimate = from_ranks(ranks, self.tone.quantiles(tones.detach())).view_as(picture)
+        picture = torch.where(linear.view(-1, 1, 1, 1), picture, estimate)
+    return Shares(*self.share(picture, known, noisy, t), tones)
 
 # %% ../../nbs/20_model/03_lift.ipynb #30c74f2f
 @patch

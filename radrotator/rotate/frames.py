@@ -184,6 +184,5 @@ def write_angles(
     film: Film,         # what they show
 ):
     "Write a table of frames and their angles."
-    rows = [(frame.name, film.axis, f"{angle:.4f}") for frame, angle in zip(frames, film.angles)]
-    with atomic_file(path) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("frame", "axis", "degrees"), *rows])
+    rows = [dict(frame=frame.name, axis=film.axis, degrees=f"{angle:.4f}") for frame, angle in zip(frames, film.angles)]
+    write_csv(path, ("frame", "axis", "degrees"), rows)

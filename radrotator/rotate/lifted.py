@@ -20,13 +20,16 @@ from .sampling import Sampling
 from ..tone import ToneCurve
 
 # %% ../../nbs/31_rotate/01_lifted.ipynb #f175cb55
+EVEN = 0.98  # of the pixels: a picture with so many of one grey shows nothing
+
+
 def check_picture(
     radiograph: Radiograph, # to be turned
 ):
     "Refuse a picture that shows nothing."
     greys = np.bincount((radiograph.pixels.ravel()*255).astype(int))
     even = greys.max()/radiograph.pixels.size
-    if even > 0.98:
+    if even > EVEN:
         name = radiograph.source or "this picture"
         raise RadRotatorError(f"cannot turn {name}: it is one even grey, but for {1 - even:.1%} of its pixels. "
                               "Give a radiograph that shows the patient.", "EVEN_PICTURE")

@@ -26,7 +26,7 @@ from ..model.lift import Lift
 from ..model.unet import UNet
 from ..model.weights import load_weights
 from ..pretrained import find_weights
-from ..radiograph.given import as_radiograph, is_several
+from ..radiograph.arrays import as_radiograph, is_several
 from ..radiograph.image import Radiograph, resize
 from ..radiograph.multiframe import multiframe_dataset, write_multiframe
 from ..radiograph.write import View
