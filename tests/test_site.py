@@ -321,7 +321,7 @@ def test_methods_are_shown_with_their_class(docs):
 
 def test_quarto_configuration_is_what_quarto_knows():
     "Its schema closes these objects to other keys; a misspelt one would end the publishing"
-    known = dict(project={"type", "output-dir", "render"}, execute={"enabled"}, format={"html"}, website={"title", "description", "repo-url", "repo-subdir", "repo-branch", "repo-actions",
+    known = dict(project={"type", "output-dir", "render", "resources"}, execute={"enabled"}, format={"html"}, website={"title", "description", "repo-url", "repo-subdir", "repo-branch", "repo-actions",
                  "page-navigation", "search", "navbar", "sidebar", "favicon"})
     assert {key: set(value) - known[key] for key, value in QUARTO.items()} == dict.fromkeys(known, set())
     site, html = QUARTO["website"], QUARTO["format"]["html"]

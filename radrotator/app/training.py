@@ -278,7 +278,7 @@ def export_command(
     out: Out,                # .onnx
     weights: Weights = None, # a file
 ) -> Result:
-    "Write weights as ONNX, for programs without PyTorch: OUT, OUT-tone.onnx and OUT.json."
+    "Write weights as ONNX, for other programs."
     check_result(out, (".onnx",))
     for path in (out.with_name(f"{out.stem}-tone.onnx"), out.with_suffix(".json")): check_output(path)
     model, name = load_model(weights, "cpu")
