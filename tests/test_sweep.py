@@ -282,7 +282,7 @@ def test_killed_again_and_again(whole, tmp_path, server):
     "At moments that nobody chose, until it is done"
     path, chance = tmp_path/"turn.mp4", np.random.default_rng(0)
     for attempt in range(40):
-        seconds = chance.uniform(0.02, 0.3 + attempt/10)  # of processor time
+        seconds = chance.uniform(0.01, 0.05 + attempt/20)  # of processor time
         ended = server(partial(work, path, resume=True), after=(seconds, "signal", "SIGKILL"))
         assert ended.was_killed or ended.went_well, ended
         if path.exists(): break

@@ -219,7 +219,7 @@ DEATHS = [
 
 
 def test_killed_anywhere_it_ends_in_the_same_weights(server, sets, whole, tmp_path):
-    run, draw, killed = tmp_path/"run", random.Random(3), 0
+    run, draw, killed = tmp_path/"run", random.Random(4), 0
     ways = [dict(at=kill_at(run, *death)) for death in DEATHS]
     ways += [dict(at=kill_at(run, "", draw.randint(1, 50))) for _ in range(2)]
     ways += [dict(after=(draw.uniform(0.02, 1.0), *KILL)) for _ in range(3)]
@@ -229,7 +229,7 @@ def test_killed_anywhere_it_ends_in_the_same_weights(server, sets, whole, tmp_pa
         assert ended.was_killed or ended.status == 0, ended
         killed += ended.was_killed
         for path in list_checkpoints(run): assert step_of(path) == int(path.name[11:])  # what has its name is whole
-    assert server(train(sets, run, "--resume")).went_well and killed >= 8
+    assert server(train(sets, run, "--resume")).went_well and killed >= 10
     assert same(run, whole) and figures(run) == figures(whole)
     assert column(run, "step") == [5, 10, 15, 20] and 3 <= len(list_checkpoints(run)) <= 4
     assert not hidden(run) and {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}

@@ -117,7 +117,7 @@ def choose_patients(
     "Choose whom of a folder to judge: those kept back from training, and if there are none, everybody, with a warning."
     table = folder/"folds.csv"
     if not table.exists():
-        warnings.warn(f"{folder} has no table of folds, so nothing says whether the weights were trained on these "
+        warnings.warn("the folder of CTs has no folds.csv, so nothing says whether the weights were trained on these "
                       "patients", RadRotatorWarning)
         return dict.fromkeys(files)
     places = read_folds(table)
