@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from ..core import RadRotatorError
 from .volume import HU_RANGE, MAX_VOXELS, Refusal, refusal_of
-from ..attributes import read_code, read_integer, read_numbers
+from ..attributes import find_padding, read_code, read_integer, read_numbers
 from ..dicom import decode_pixels, quiet_dicom, read_dicom
 
 # %% ../../nbs/10_ct/02_slices.ipynb #9107556b
@@ -160,21 +160,6 @@ def read_rescale(
     if slope[0] == 0: raise refusal_of(path, "its RescaleSlope is 0. Export the original series.", "NOT_HU")
     return slope[0], intercept[0]
 
-# %% ../../nbs/10_ct/02_slices.ipynb #744f2fbf
-def find_padded(
-    stored: np.ndarray,       # (rows, columns) stored values
-    header: pydicom.Dataset,
-    path,                     # for the message
-) -> np.ndarray:              # (rows, columns) bool
-    "Find the pixels with the padding value, or in the padding range, whatever sign it was written with."
-    if not has_value(header.get("PixelPaddingValue")): return np.zeros(stored.shape, bool)
-    first = read_integer(header, "PixelPaddingValue", path)
-    last = read_integer(header, "PixelPaddingRangeLimit", path, first)
-    bits = read_integer(header, "BitsStored", path, 8*stored.itemsize)
-    lowest = -1 << bits - 1 if stored.dtype.kind == "i" else 0
-    low, high = sorted((value - lowest) % (1 << bits) + lowest for value in (first, last))
-    return (stored >= low) & (stored <= high)
-
 # %% ../../nbs/10_ct/02_slices.ipynb #8ee3791f
 def keep_at_edge(
     mask: np.ndarray,  # (rows, columns) bool
@@ -194,7 +179,7 @@ def slice_hu(
     slope, intercept = read_rescale(header, path)
     if stored.ndim != 2: raise refusal_of(path, "this slice is no grey picture. Export the original series.", "NOT_HU")
     hu = stored.astype(np.float32)*np.float32(slope) + np.float32(intercept)
-    padded = find_padded(stored, header, path)
+    padded = find_padding(stored, header, path)
     if padded.any(): hu[keep_at_edge(padded) | padded & (hu > HU_RANGE[1])] = np.nan
     return hu
 

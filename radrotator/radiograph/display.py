@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 
 from ..core import RadRotatorError, RadRotatorWarning
-from ..attributes import file_error, read_code, read_integer, read_numbers
+from ..attributes import file_error, find_padding, read_code, read_integer, read_numbers
 from ..dicom import decode_pixels
 
 # %% ../../nbs/30_radiograph/02_display.ipynb #0b5d8481
@@ -195,21 +195,6 @@ def apply_voi(
     warn_about(path, "the window or VOI LUT in its header leaves one even grey; values are shown without it")
     return values
 
-# %% ../../nbs/30_radiograph/02_display.ipynb #88792cfb
-def find_padding(
-    stored: np.ndarray,   # (H, W) stored values
-    ds: pydicom.Dataset,  # the header
-    path,                 # for the message
-) -> np.ndarray:          # (H, W) bool, True outside the exposed field
-    "Find the pixels that the header calls padding."
-    if "PixelPaddingValue" not in ds: return np.zeros(stored.shape, bool)
-    bits = read_integer(ds, "BitsStored", path)
-    first = read_integer(ds, "PixelPaddingValue", path)
-    ends = np.array([first, read_integer(ds, "PixelPaddingRangeLimit", path, first)]) & ((1 << bits) - 1)
-    if stored.dtype.kind == "i": ends = np.where(ends >> bits - 1, ends - (1 << bits), ends)
-    padding = (stored >= ends.min()) & (stored <= ends.max())
-    return np.zeros(stored.shape, bool) if padding.all() else padding
-
 # %% ../../nbs/30_radiograph/02_display.ipynb #f52a17d3
 BONE_DARK = "If bone comes out dark, read it with invert=True (--invert)."
 
@@ -273,6 +258,7 @@ def grey_values(
     if colour == "PALETTE COLOR": return to_luminance(apply_palette(stored, ds, path))
     if stored.ndim == 3: return to_luminance(stored)
     seen = ~find_padding(stored, ds, path)
+    if not seen.any(): seen[:] = True  # a picture all of padding is believed rather than its header
     values = apply_voi(*apply_modality(stored, ds, path), seen, ds, path)
     if colour == "MONOCHROME1": values = -values
     check_polarity(ds, rises_with(stored[seen], values[seen]), path)
