@@ -15,7 +15,7 @@ import pydicom
 from ..core import RadRotatorError
 from ..film import Film
 from .image import Radiograph
-from .write import TITLE, synthetic_dataset
+from .write import TITLE, describe_pixels, synthetic_dataset
 
 # %% ../../nbs/30_radiograph/08_multiframe.ipynb #0740dec8
 MOST_BYTES = 2**32 - 2
@@ -56,20 +56,11 @@ def multiframe_dataset(
     ds = synthetic_dataset(radiograph, f"{TITLE}. {description}", film.burnt, keep)
     ds.SOPClassUID = pydicom.uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage
     set_frames(ds, film)
-    ds.Rows, ds.Columns = radiograph.shape
-    ds.SamplesPerPixel = 1
-    ds.PhotometricInterpretation = "MONOCHROME2"
-    ds.PixelRepresentation = 0
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit = 15
+    describe_pixels(ds, radiograph.shape)
     ds.PresentationLUTShape = "IDENTITY"
     ds.RescaleIntercept = 0
     ds.RescaleSlope = 1
     ds.RescaleType = "US"  # unspecified
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
     return ds
 
 # %% ../../nbs/30_radiograph/08_multiframe.ipynb #00839ef1

@@ -189,6 +189,23 @@ def synthetic_dataset(
     return ds
 
 # %% ../../nbs/30_radiograph/06_write.ipynb #29f2fb0d
+def describe_pixels(
+    ds: pydicom.Dataset,  # changed; with its SOP class and instance
+    shape: tuple,         # (H, W)
+):
+    "Say in a header that the pixels are 16-bit greys, bone bright, and not compressed."
+    ds.Rows, ds.Columns = shape
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.PixelRepresentation = 0
+    ds.BitsAllocated = ds.BitsStored = 16
+    ds.HighBit = 15
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+
+# %% ../../nbs/30_radiograph/06_write.ipynb #87dc97a7
 def write_dicom(
     radiograph: Radiograph,
     path,                    # .dcm
@@ -198,18 +215,9 @@ def write_dicom(
 ):
     "Write a derived, synthetic DICOM file of 16 bits."
     ds = synthetic_dataset(radiograph, description, marked, keep)
-    ds.Rows, ds.Columns = radiograph.shape
-    ds.SamplesPerPixel = 1
-    ds.PhotometricInterpretation = "MONOCHROME2"
-    ds.PixelRepresentation = 0
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit = 15
+    describe_pixels(ds, radiograph.shape)
     ds.WindowCenter, ds.WindowWidth = 32768, 65536  # from black to white by the linear function of PS3.3
     ds.PixelData = np.rint(radiograph.pixels*65535).astype("<u2").tobytes()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
     with atomic_file(path) as temporary: ds.save_as(temporary, enforce_file_format=True)
 
 # %% ../../nbs/30_radiograph/06_write.ipynb #e8068d40
