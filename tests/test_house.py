@@ -1,13 +1,13 @@
 """The rules of the house (CONTRIBUTING.md): each test names the offender."""
-import importlib.util, subprocess, sys
+import subprocess, sys
 from pathlib import Path
 
 import pytest
 
+from scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("house", ROOT/".ci"/"house.py")
-house = sys.modules["house"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(house)
+house = load_script("house")
 ROOMS = house.rooms(ROOT/"radrotator")
 LINES, COLUMNS, CELL, PUBLIC, KILOBYTES = 300, 120, 40, 12, 250
 

@@ -1,5 +1,5 @@
 """The page that turns a radiograph in the browser: used as people use it, with files, mouse and keys, and compared with what Python gives."""
-import base64, fcntl, importlib.util, io, os, sys, threading
+import base64, io, threading
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 from helpers import dicom_bytes
 from PIL import Image
 from pydicom import uid
+from scripts import load_script, one_folder
 
 from radrotator.radiograph.image import Radiograph, resize
 from radrotator.rotate.rotator import RadRotator
@@ -20,26 +21,15 @@ PATIENCE = 120_000  # milliseconds: a busy machine takes its time, and no test a
 TURNS = (0, 0, 12), (-12, 0, 0), (0, 15, 0), (5, -7.5, -11), (-15, 15, 15)
 
 
-def module(name):
-    "A script of .ci as a module"
-    spec = importlib.util.spec_from_file_location(name, ROOT/".ci"/f"{name}.py")
-    made = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     "The folder of the page, built once for all workers of pytest-xdist"
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with open(base/"page.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (base/"page"/"rotate-offline.js").exists():
-            (base/"page").mkdir(exist_ok=True)
-            missing = module("rotator").build_page(base/"page")
+    with one_folder(tmp_path_factory, "page") as page:
+        if not (page/"rotate-offline.js").exists():
+            page.mkdir(exist_ok=True)
+            missing = load_script("rotator").build_page(page)
             if missing: pytest.skip(f"the page cannot be built: {missing}")
-    return base/"page"
+    return page
 
 
 def open_page(context, address):
@@ -371,7 +361,7 @@ def test_it_opens_without_a_network_once_it_was_opened(browser, built):
 
 
 def test_where_npm_is_missing_the_page_is_left_out(monkeypatch, tmp_path, capsys):
-    docs = module("docs")
+    docs = load_script("docs")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not docs.write_rotator(tmp_path) and "rotate.html is left out: npm is missing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """The documentation: what `make docs` renders is opened page by page in a real browser, on a phone's width; what Quarto
 publishes (_quarto.yml and the workflow) is checked as far as that goes without Quarto."""
-import fcntl, importlib.util, json, os, re, subprocess, sys
+import json, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import pytest
 import yaml
 from nbdev.config import get_config
 from PIL import Image
+from scripts import load_script, one_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.relative_to(ROOT/"nbs").as_posix() for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -61,23 +62,18 @@ CONTRAST = """selector => {
 @pytest.fixture(scope="session")
 def docs():
     "`.ci/docs.py` as a module"
-    spec = importlib.util.spec_from_file_location("docs", ROOT/".ci"/"docs.py")
-    module = sys.modules["docs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs")
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "The whole site, rendered once for all workers of pytest-xdist"
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with open(base/"site.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (base/"site"/"search.js").exists():
-            done = subprocess.run([sys.executable, ROOT/".ci"/"docs.py", "--to", base/"site"], capture_output=True, text=True, timeout=900)
+    with one_folder(tmp_path_factory, "site") as site:
+        if not (site/"search.js").exists():
+            command = sys.executable, ROOT/".ci"/"docs.py", "--to", site
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, done.stdout + done.stderr
-    return base/"site"
+    return site
 
 
 @pytest.fixture
