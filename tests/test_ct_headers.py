@@ -28,8 +28,10 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)
 # Choices: text as a file holds it; None: the attribute is absent; "": it is there and empty; then the codes of which a
 # refusal must have one, nothing where the series is to be read.
 ORIENTATIONS = {  # row and column of the picture, LPS
-    "1\\0\\0\\0\\1\\0": (), "-1\\0\\0\\0\\1\\0": (), "-1\\0\\0\\0\\-1\\0": (), "0\\1\\0\\0\\0\\-1": (), "1\\0\\0\\0\\0\\-1": (),
-    "0.984808\\0.173648\\0\\-0.173648\\0.984808\\0": (), "1\\0\\0\\0\\0.965926\\-0.258819": (), " 1\\0\\0\\0\\1\\0 ": (),
+    "1\\0\\0\\0\\1\\0": (), "-1\\0\\0\\0\\1\\0": (), "-1\\0\\0\\0\\-1\\0": (),
+    "0\\1\\0\\0\\0\\-1": (), "1\\0\\0\\0\\0\\-1": (),
+    "0.984808\\0.173648\\0\\-0.173648\\0.984808\\0": (),
+    "1\\0\\0\\0\\0.965926\\-0.258819": (), " 1\\0\\0\\0\\1\\0 ": (),
     None: ("LOCALIZER",), "": ("LOCALIZER",), "1\\0\\0": ("BAD_GEOMETRY",), "a\\0\\0\\0\\1\\0": ("BAD_GEOMETRY",),
     "2\\0\\0\\0\\1\\0": ("BAD_GEOMETRY",), "1\\0\\0\\1\\0\\0": ("BAD_GEOMETRY",), "0\\0\\0\\0\\0\\0": ("BAD_GEOMETRY",),
 }
@@ -39,7 +41,8 @@ CHOICES = dict(
         "0.9": ("BAD_GEOMETRY",), "a\\b": ("BAD_GEOMETRY",), "0\\0": ("BAD_GEOMETRY",), "-0.9\\-0.7": ("BAD_GEOMETRY",),
         "0.9\\-0.7": ("BAD_GEOMETRY",), "90\\70": ("BAD_GEOMETRY",), "nan\\nan": ("BAD_GEOMETRY",),
     },
-    RescaleSlope={"1": (), "2": (), "0.5": (), "1.0e0": (), **dict.fromkeys((None, "", "0", "abc", "1\\2"), ("NOT_HU",))},
+    RescaleSlope={"1": (), "2": (), "0.5": (), "1.0e0": (),
+                  **dict.fromkeys((None, "", "0", "abc", "1\\2"), ("NOT_HU",))},
     RescaleIntercept={"-1024": (), "0": (), "-8192": (), **dict.fromkeys((None, "", "abc"), ("NOT_HU",))},
     RescaleType={"HU": (), None: (), "": (), "hu": (), **dict.fromkeys(("US", "OD", "ED", "FOO"), ("NOT_HU",))},
     PhotometricInterpretation={"MONOCHROME2": (), "MONOCHROME1": (), "": (), "RGB": ("NOT_HU", "UNREADABLE")},
@@ -53,10 +56,12 @@ CHOICES = dict(
 )
 LAYOUTS = [(12, 11), (16, 15), (14, 13), (13, 12), (12, 15), (13, 14)]  # bits of a sample, its highest bit, of 16
 SYNTAXES = [uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian, uid.RLELossless]
+TURNED = "0.9\\0.43589\\0\\-0.43589\\0.9\\0"
 STACKS = {  # what has become of the slices
     "whole": (), "a gap": ("MISSING_SLICES",), "one twice": ("DUPLICATE_SLICES",), "a copy of a file": (),
     "uneven": ("UNEVEN_SLICES",), "sheared": ("GANTRY_TILT",), "one larger": ("MIXED_SERIES",),
-    "one turned": ("MIXED_SERIES", "MISSING_SLICES", "TOO_FEW_SLICES"), "two series": ("MIXED_SERIES",), "one without a place": (), "one shifted": ("BAD_GEOMETRY",),
+    "one turned": ("MIXED_SERIES", "MISSING_SLICES", "TOO_FEW_SLICES"), "two series": ("MIXED_SERIES",),
+    "one without a place": (), "one shifted": ("BAD_GEOMETRY",),
 }
 KINDS = dict(PhotometricInterpretation="CS", Modality="CS", ImageType="CS", RescaleType="LO", InstanceNumber="IS",
              NumberOfFrames="IS", BitsStored="US", HighBit="US", PixelRepresentation="US", PixelPaddingValue="US")
@@ -70,6 +75,7 @@ class Series:
     layout: tuple = (12, 11)
     signed: bool = False
     padding: str = ""                          # the value's VR, where there is one
+    padding_sample: int = 0                    # what stands where nothing was measured
     stack: str = "whole"
     syntax: str = uid.ExplicitVRLittleEndian
     varied: bool = False                       # every slice has a slope and an intercept of its own
@@ -109,7 +115,10 @@ def make_series(generator):
         series.codes -= {"NOT_HU"}  # by its type, the values are HU as they are
         if texts["PhotometricInterpretation"] == "RGB": series.codes |= {"NOT_HU", "UNREADABLE"}
     stored = [stored_samples(series, scene(k, (ROWS, COLUMNS)), k) for k in range(COUNT)]
-    if min(samples.min() for samples, _ in stored) == lowest_sample(series): series.padding = ""  # tissue has it, too
+    samples = np.array([samples for samples, _ in stored])
+    lowest = lowest_sample(series)
+    series.padding_sample = lowest if generator.random() < 0.3 else lowest + (1 << series.layout[0]) - 1
+    if (samples == series.padding_sample).any(): series.padding = ""  # some tissue has this value, too
     hu = np.array([hu for _, hu in stored])
     if not hu.min() < 0 < hu.max(): series.codes |= {"NOT_HU"}  # as they are stored, no Hounsfield units
     return series
@@ -188,7 +197,7 @@ def write_slice(series, k, path, generator, **changed):
     slope, intercept = rescale_of(series, k)
     stored, high = series.layout
     if series.is_padded:
-        padding = lowest_sample(series)
+        padding = series.padding_sample
         samples[CORNER, CORNER] = padding
         hu[CORNER, CORNER] = -1024
     shift = high + 1 - stored
@@ -211,7 +220,8 @@ def write_slice(series, k, path, generator, **changed):
     if rle:
         ds.PixelRepresentation, ds.PhotometricInterpretation, ds.BitsStored, ds.HighBit = 0, "MONOCHROME2", 16, 15
         ds.compress(uid.RLELossless)
-    texts = dict(series.texts, ImagePositionPatient=as_text(place_of(series, k)), PixelRepresentation=int(series.signed))
+    texts = dict(series.texts, PixelRepresentation=int(series.signed))
+    texts["ImagePositionPatient"] = as_text(place_of(series, k))
     if series.varied: texts |= dict(RescaleSlope=as_text([slope]), RescaleIntercept=as_text([intercept]))
     if texts["BitsStored"] == "as it is": texts["BitsStored"] = stored
     if texts["HighBit"] == "as it is": texts["HighBit"] = high
@@ -220,8 +230,8 @@ def write_slice(series, k, path, generator, **changed):
     for name, text in (texts | changed.get("texts", {})).items():
         if name in ds: del ds[name]
         raw(ds, name, text)
-    if series.is_padded: ds[pydicom.tag.Tag("PixelPaddingValue")] = ds.get_item("PixelPaddingValue")._replace(
-        VR=None if ds.file_meta.TransferSyntaxUID.is_implicit_VR else series.padding)
+    if series.is_padded and not ds.file_meta.TransferSyntaxUID.is_implicit_VR:
+        ds["PixelPaddingValue"] = ds.get_item("PixelPaddingValue")._replace(VR=series.padding)
     save_dicom(ds, path)
     return hu
 
@@ -236,7 +246,7 @@ def write_series(series, folder, generator):
         if series.stack == "a gap" and k == 3: continue
         changed = dict(of=uid.generate_uid() if series.stack == "two series" and k > 2 else first)
         if series.stack == "one larger": changed["larger"] = k == 4
-        if series.stack == "one turned" and k == 4: changed["texts"] = dict(ImageOrientationPatient=as_text([0.9, 0.43589, 0, -0.43589, 0.9, 0]))
+        if series.stack == "one turned" and k == 4: changed["texts"] = dict(ImageOrientationPatient=TURNED)
         path = folder/names[k]
         written[path] = write_slice(series, k, path, generator, **changed)
         if series.stack == "a copy of a file" and k == 2: shutil.copy(path, folder/names[-1])
@@ -252,7 +262,8 @@ def voxels_at(ct, points):
     nearest = np.rint(index).astype(int)
     inside = ((nearest >= 0) & (nearest < ct.shape)).all(-1)
     off = np.abs(index - nearest).max()*ct.spacing.max()
-    return np.where(inside, ct.hu[tuple(np.clip(nearest, 0, np.array(ct.shape) - 1).reshape(-1, 3).T)].reshape(inside.shape), np.nan), off
+    x, y, z = np.moveaxis(np.clip(nearest, 0, np.array(ct.shape) - 1), -1, 0)
+    return np.where(inside, ct.hu[x, y, z], np.nan), off
 
 
 def points_of(series, k, shape):
