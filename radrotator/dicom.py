@@ -156,7 +156,8 @@ def read_layout(
     allocated, stored = (read_integer(ds, name, path) for name in ("BitsAllocated", "BitsStored"))
     high = read_integer(ds, "HighBit", path, stored - 1)
     signed = read_integer(ds, "PixelRepresentation", path)
-    colours = 1 if read_code(ds, "PhotometricInterpretation").startswith(("MONOCHROME", "PALETTE")) else 3
+    kind = read_code(ds, "PhotometricInterpretation")  # where nothing says that it is colour, it is grey
+    colours = 1 if not kind or kind.startswith(("MONOCHROME", "PALETTE")) else 3
     samples = read_integer(ds, "SamplesPerPixel", path, colours)
     possible = dict(
         BitsAllocated=allocated in (8, 16, 32),
@@ -201,7 +202,7 @@ def check_pixels(
         reason = "the PlanarConfiguration in its header is missing, so its colours cannot be told. Export it in grey."
         raise file_error(path, reason, "UNREADABLE")
     if not is_plain(ds): return
-    samples = 2 if ds.PhotometricInterpretation == "YBR_FULL_422" else layout.samples  # two for two pixels
+    samples = 2 if ds.get("PhotometricInterpretation") == "YBR_FULL_422" else layout.samples  # two for two pixels
     length = frames*rows*columns*samples*layout.allocated//8
     if len(ds.PixelData) < length:
         raise file_error(path, "its pixel data are cut short. Export the file again.", "UNREADABLE")
@@ -252,6 +253,7 @@ def decode_by_pydicom(
     copy.file_meta = ds.file_meta
     bits = dict(BitsStored=stored, HighBit=stored - 1, PixelRepresentation=int(signed))
     for name, value in (bits | dict(SamplesPerPixel=layout.samples)).items(): copy.add_new(name, "US", value)
+    if not read_code(ds, "PhotometricInterpretation"): copy.PhotometricInterpretation = "MONOCHROME2"  # pydicom asks
     return extract_samples(copy.pixel_array, layout, stored)
 
 # %% ../nbs/03_dicom.ipynb #b7c17cd3

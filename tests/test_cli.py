@@ -388,6 +388,19 @@ def test_the_whole_story_in_one_screen():
     assert not [line for line in lines[1:] if line.endswith("...")]  # nothing cut off
 
 
+HELP = """
+import sys
+from radrotator.cli import main
+main(["rotate", "--help"])
+print(*{"torch", "numba", "scipy", "pydicom"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+def test_help_does_not_wait_for_pytorch():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "\n") and "--detail" in done.stdout
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(name, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -48,7 +48,10 @@ def is_placed(
     "Tell whether a header is that of a slice, and refuse what gives its place in other words than numbers."
     if "LOCALIZER" in (header.get("ImageType") or ()): return False
     for side in ("Rows", "Columns"): read_integer(header, side, path)
-    return None not in [header_numbers(header, name, count, path) for name, count in PLACE.items()]
+    place = {name: header_numbers(header, name, count, path) for name, count in PLACE.items()}
+    if place["PixelSpacing"] and min(place["PixelSpacing"]) <= 0:  # below 0, left and right would change places
+        raise refusal_of(path, "its PixelSpacing is not above 0. Export the series again.", "BAD_GEOMETRY")
+    return None not in place.values()
 
 # %% ../../nbs/10_ct/03_series.ipynb #349a3f94
 def find_slices(
