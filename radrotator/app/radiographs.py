@@ -112,7 +112,7 @@ def turn_file(
     view.write(task.out, mark=mark, keep=kept)
     return dict(unfamiliar=novelty, size=view.shape, spacing=view.spacing)
 
-# %% ../../nbs/50_app/04_radiographs.ipynb #19177b7d
+# %% ../../nbs/50_app/04_radiographs.ipynb #d6facd32
 def names_one_view(
     inputs: list[str],  # as typed
     out: Path,          # as typed
@@ -135,7 +135,7 @@ def check_one(
     else: check(out)
     if not is_stream(given): check_input(given)
 
-
+# %% ../../nbs/50_app/04_radiographs.ipynb #19177b7d
 def turn_one(
     task: Task,
     reading: Reading,
