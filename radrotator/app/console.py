@@ -205,8 +205,8 @@ def with_json_output(
     def run(*, as_json, **given):
         is_file = is_stream(given.get("out"))  # standard output is the result itself
         if as_json and is_file:
-            sentence = "cannot write JSON beside a picture into standard output (-o -). Leave out --json, or name a file."
-            raise RadRotatorError(sentence, "JSON")
+            raise RadRotatorError("cannot write JSON beside a picture to standard output (-o -). Leave out --json, or "
+                                  "name a file.", "JSON")
         aside = contextlib.redirect_stdout(sys.stderr) if as_json or is_file else contextlib.nullcontext()
         try:
             with aside: result = work(**given)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/50_app/02_streams.ipynb #9234ad9a
-import contextlib, sys, tempfile, warnings
+import contextlib, os, sys, tempfile, warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def check_stdin():
 
 def check_stdout():
     "Refuse to write a picture onto a screen."
-    if sys.stdout is not None and not sys.stdout.isatty(): return
+    if sys.__stdout__ is not None and not os.isatty(1): return  # `sys.stdout` is put aside while a command works
     raise RadRotatorError("cannot write -: standard output is a terminal, and a picture is no text. Send it on by > or "
                           "by |, or name a file.", "TERMINAL")
 
