@@ -74,8 +74,7 @@ def start(
     context: typer.Context,  # of the parser
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,  # and exit
 ):
-    """Turn the patient in a plain radiograph, by up to 15° about each axis, and make what that takes.
-    Research software, not for diagnosis."""
+    "Turn the patient in a radiograph, by up to 15°. Research, not for diagnosis."
     if version: print(f"radrotator {radrotator.__version__}")
     elif context.invoked_subcommand is None: print(context.get_help())
 
@@ -210,7 +209,9 @@ def with_json_output(
         aside = contextlib.redirect_stdout(sys.stderr) if as_json or is_file else contextlib.nullcontext()
         try:
             with aside: result = work(**given)
-        except KeyboardInterrupt: raise Stopped from None  # before Typer makes something of it
+        except KeyboardInterrupt:  # before Typer makes something of it
+            exec("")  # where it came during an `exec`, as when PyTorch is imported, `python -m` would not end with 130
+            raise Stopped from None
         if result is None: return 0
         if result.data is not None:
             print(result.text, file=sys.stderr, flush=True)
