@@ -164,7 +164,7 @@ def run_checks() -> list[Check]: # what is needed first
     checks = [
         run_check("weights", name_weights, "radrotator rotate needs --weights FILE", restore, True),
         run_check("turn of a drawn pelvis", smoke_test, "radiographs cannot be rotated", restore, True),
-        run_check("NVIDIA GPU", name_gpus, "training takes days instead of hours; to rotate, none is needed",
+        run_check("NVIDIA GPU", name_gpus, "training more than tiny takes days; to rotate, none is needed",
                   "where there is one: a CUDA build of PyTorch"),
         run_check("video (H.264)", find_encoder, "sweeps become GIFs or folders of frames",
                   pip_install("imageio-ffmpeg")),
