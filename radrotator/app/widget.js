@@ -98,7 +98,7 @@
         const drag = (what, dx, dy) => change(what == "move" ? {x: now.x + dx, y: now.y + dy}
             : facts.grey === false ? {} : {width: now.width + dx, level: now.level + dy});
         const zoom = (factor, x = 50, y = 50) => {  // about a point of the frame, in %
-            const size = clamp(now.zoom*factor, LIMITS.zoom), by = size/now.zoom;
+            const wanted = clamp(now.zoom*factor, LIMITS.zoom), size = wanted < 1.01 ? 1 : wanted, by = size/now.zoom;
             change({zoom: size, x: x - (x - now.x)*by, y: y - (y - now.y)*by});
         };
         const place = (stage, event) => {
