@@ -279,7 +279,7 @@ def test_killed_and_resumed(moment, kind, whole, tmp_path, server):
 
 
 def test_killed_again_and_again(whole, tmp_path, server):
-    """As the disk is about to change for the so manieth time, until it is done: what is left depends on nothing else.
+    """As the disk is about to change for the n-th time, until it is done: what is left depends on nothing else.
     A sweep changes it about 80 times before it has its name, and no attempt gets beyond the 14th"""
     path, chance, deaths = tmp_path/"turn.mp4", np.random.default_rng(0), 0
     while not path.exists():

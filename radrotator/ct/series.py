@@ -16,16 +16,7 @@ import pydicom
 from .slices import decode_slices, header_numbers, quiet_series, read_slice, slice_hu, split_frames
 from .volume import CT, MAX_VOXELS, Refusal, check_affine, clean_hu, refusal_of
 from ..attributes import modality, read_integer
-from ..dicom import is_dicom
-
-# %% ../../nbs/10_ct/03_series.ipynb #45dfbd67
-INDEX = pydicom.uid.MediaStorageDirectoryStorage
-
-def is_index(
-    ds: pydicom.Dataset,  # header of a file
-) -> bool:
-    "Tell a DICOMDIR, an index of other files, whatever it is called."
-    return getattr(ds, "file_meta", {}).get("MediaStorageSOPClassUID") == INDEX
+from ..dicom import is_dicom, is_index
 
 # %% ../../nbs/10_ct/03_series.ipynb #8ce4efcb
 DICOM_NAMES = ".dcm", ".dicom", ".ima"

@@ -27,7 +27,7 @@ from .checkpoint import remove_temporary
 from .config import PRECISIONS, RNG_CHUNK, TrainConfig, learning_rate
 from .log import LOG_EVERY, Comparison, Log, selection_loss, view_sheet
 from .losses import LiftingBatch, measure_views
-from .machine import StopSignal, explain_killed_readers, read_batches
+from .compute import StopSignal, explain_killed_readers, read_batches
 from .objective import (NoisyBatch, compute_loss, join_batches, make_noisy_batches,
                                         predict_in_one_step, validate_network)
 from .state import Trainer
