@@ -26,7 +26,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras | {"dev": sum(extras.values(), cfg["dev_requirements"].split())},
     packages=find_packages(include=["radrotator", "radrotator.*"]),
-    package_data={"radrotator": ["weights/*.safetensors", "templates/*.html", "app/*.css"]},
+    package_data={"radrotator": ["weights/*.safetensors", "templates/*.html", "app/*.css", "app/*.js"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d'],  # links in other nbdev sites

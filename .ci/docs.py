@@ -292,6 +292,11 @@ def link(page, other, words=""):
     return f'<a href="{page.to(other.href)}"{current}>{html.escape(words or other.label or other.title)}</a>'
 
 
+def place(page, at, href, words):
+    "A link of the bar: to a page, or to a file that is no notebook"
+    return link(page, at[href], words) if href in at else f'<a href="{page.to(href)}">{html.escape(words)}</a>'
+
+
 def sidebar_of(page, groups):
     "The sections of the menu, folded but for the one that the page is in"
     for title, pages in groups:
@@ -322,7 +327,7 @@ def write_page(page, groups, soup, website, settings, folder):
         name=html.escape(page.title if home else f"{page.title} – {website['title']}"),
         title=html.escape(page.title), site=html.escape(website["title"]), group="" if home else page.group,
         description=html.escape(page.description), root="../"*page.href.count("/"), home=page.to("index.html"),
-        bar="".join(link(page, at[href], words) for href, words in bar), sidebar="".join(sidebar_of(page, groups)),
+        bar="".join(place(page, at, *item) for item in bar), sidebar="".join(sidebar_of(page, groups)),
         contents=contents(page), body=soup, repo=website["repo-url"],
         source=f"{settings.git_url}/blob/{settings.branch}/nbs/{page.notebook}",
         previous=step(page, pages, -1, "prev"), next=step(page, pages, 1, "next"))
@@ -347,8 +352,9 @@ def write_rotator(folder):
     return not missing
 
 
-def unlink_rotator(texts):
+def unlink_rotator(texts, bar):
     "No links to a page that was left out"
+    bar[:] = [item for item in bar if linked(item)[0] != "rotate.html"]
     for soup in texts:
         for link in soup.select('a[href$="rotate.html"]'): link.unwrap()
 
@@ -360,7 +366,7 @@ def render(sections, website, proc, folder, settings):
     notebooks = [json.loads((proc/page.notebook).read_text(encoding="utf-8")) for page in pages]
     texts = [body_of(page, nb, folder, settings) for page, nb in zip(pages, notebooks)]
     unlink_missing(pages, texts)
-    if not write_rotator(folder): unlink_rotator(texts)
+    if not write_rotator(folder): unlink_rotator(texts, website["navbar"]["left"])
     for page, soup in zip(pages, texts): write_page(page, groups, soup, website, settings, folder)
     found = json.dumps([*search_entries(pages)], ensure_ascii=False)
     (folder/"search.js").write_text(f"const SEARCH = {found}", encoding="utf-8")

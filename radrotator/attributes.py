@@ -6,6 +6,8 @@
 __all__ = ['modality', 'read_numbers', 'read_integer', 'read_code', 'find_padding']
 
 # %% ../nbs/03_attributes.ipynb #34bbe16f
+import re
+
 import numpy as np
 import pydicom
 
@@ -19,6 +21,26 @@ def file_error(
 ) -> RadRotatorError:
     "Make the error for a file that cannot be read."
     return RadRotatorError(f"cannot read {path}: {reason}", code)
+
+# %% ../nbs/03_attributes.ipynb #d9fd7ed2
+FOREIGN = {  # how a file begins: what it is, and what to do
+    rb"PK\x03\x04|7z\xbc\xaf|Rar!|.{257}ustar": "it is an archive (ZIP or the like). Unpack it, and give what is in it",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "it is packed (gzip or the like). Unpack it",
+    rb"BM.{4}\0{4}|GIF8|RIFF.{4}WEBP|.{4}ftyp(hei|mif|avif)|P[1-7]\s":
+        "it is a picture (BMP, GIF, WebP, HEIC or the like) that is not read here. Save it as PNG",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "it is a JPEG 2000 file outside of DICOM. Save it as PNG or TIFF",
+    rb"\x93NUMPY": "it is an array of NumPy. Load it in Python, and give the array",
+    rb"%PDF": "it is a PDF. Export the picture that it shows",
+}
+
+def describe_foreign(
+    path,     # an existing file
+) -> str:     # two sentences; "" where it is nothing that is known here
+    "Say what a file is that no reader here is made for."
+    with open(path, "rb") as file: head = file.read(300)
+    for start, sentences in FOREIGN.items():
+        if re.match(start, head, re.DOTALL): return f"{sentences}."
+    return ""
 
 # %% ../nbs/03_attributes.ipynb #685d610b
 def convert_element(

@@ -93,7 +93,7 @@ def test_one_that_fails(choice, done, untried, here, capfd):
     ("rotate", "full -o turned", None),
     ("rotate", "empty -o turned", "empty"),
     ("rotate", "https://example.org/hip.png -o turned.png", "https://example.org/hip.png"),
-    ("rotate", "- -o turned.png", "file"),
+    ("rotate", "- hips/a.png -o turned", "standard input"),
     ("rotate", "hips -o turned --z 16", "outside"),
     ("sweep", "hips/a.png hips/left/a.png -o films", "hips/left/a.png"),
     ("sweep", "hips/a.png hips/b.tif -o film.mp4", "names one file"),

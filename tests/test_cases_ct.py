@@ -1,5 +1,5 @@
 """CT files that were read wrong once, and others of their kind, each with its right value: by formula, nibabel or GDCM."""
-import json, warnings
+import json, warnings, zipfile
 from dataclasses import replace
 
 import nibabel as nib
@@ -554,3 +554,122 @@ def test_two_voxel_sizes(tmp_path):
 def test_kind_by_content_and_not_by_name(tmp_path):
     write_nifti_file(tmp_path/"a.nii.gz", BODY).rename(tmp_path/"a.dcm")
     check_same(tmp_path/"a.dcm", atol=0)
+
+
+SIDES = [1, 1.5, 1.5, 1, 0, 0, 0, 0]  # pixdim of the body
+
+
+@pytest.mark.parametrize("side", [0, -1.5, np.nan])
+def test_a_side_that_is_no_length(tmp_path, side):
+    "nibabel takes 0 for 1 mm and -1.5 for 1.5, ITK turns the volume round: by the qform alone nothing is known"
+    pixdim = SIDES[:1] + [side] + SIDES[2:]
+    path = write_nifti_file(tmp_path/"a.nii", BODY, sform=0, pixdim=pixdim)
+    assert error_code(lambda: read_ct(path)) == "BAD_GEOMETRY"
+    check_same(write_nifti_file(tmp_path/"b.nii", BODY, sform=0, pixdim=SIDES), atol=0)
+
+
+@pytest.mark.parametrize("scale", [(0, 0), (0, -1024), (np.nan, 5), (np.inf, 0), (1, 0)])
+def test_a_scale_that_is_none(tmp_path, scale):
+    "A slope of 0, or that is no number, means that values are as they are stored (NIfTI-1), whatever scl_inter says"
+    check_same(write_nifti_file(tmp_path/"a.nii", BODY, scl_slope=scale[0], scl_inter=scale[1]), atol=0)
+
+
+def test_half_a_scale(tmp_path):
+    path = write_nifti_file(tmp_path/"a.nii", BODY, scl_slope=1, scl_inter=np.nan)
+    assert error_code(lambda: read_ct(path)) == "NOT_HU"
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]], ids=["complex", "colours"])
+def test_voxels_that_are_no_numbers(tmp_path, dtype):
+    voxels = BODY.hu.astype(np.complex64) if dtype == np.complex64 else np.zeros(BODY.shape, dtype)
+    nib.save(nib.Nifti1Image(voxels, BODY.affine), tmp_path/"a.nii")
+    assert error_code(lambda: read_ct(tmp_path/"a.nii")) == "NOT_HU"
+
+
+@pytest.mark.parametrize("fields", [
+    dict(qoffset_x=-65), dict(quatern_b=0, quatern_c=1, quatern_d=0), dict(srow_x=[1, 0, 0, 0]), dict(sform=0, qform=0),
+], ids=str)
+def test_forms_that_contradict_each_other_or_are_missing(tmp_path, fields):
+    assert error_code(lambda: read_ct(write_nifti_file(tmp_path/"a.nii", BODY, **fields))) == "NO_ORIENTATION"
+
+
+@pytest.mark.parametrize("fields", [
+    dict(qform=0, quatern_b=0.3, quatern_c=0.4), dict(sform=0, srow_x=[9, 9, 9, 9]), dict(sform=4, qform=0),
+], ids=str)
+def test_a_form_without_a_code_has_no_say(tmp_path, fields):
+    path = write_nifti_file(tmp_path/"a.nii", BODY, **fields)
+    check_same(path, atol=0)
+    assert np.allclose(np.abs(sitk.ReadImage(str(path)).GetOrigin()), np.abs(BODY.affine[:3, 3]))
+
+
+@pytest.mark.parametrize("degrees", [12, 50])
+def test_oblique_volumes(tmp_path, degrees):
+    angle = np.radians(degrees)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    affine = BODY.affine.copy()
+    affine[:3, :3] = turn @ affine[:3, :3]
+    nib.save(nib.Nifti1Image(BODY.hu.astype(np.int16), affine), tmp_path/"a.nii")
+    read = read_ct(tmp_path/"a.nii")
+    index = np.array([7, 16, 35])  # a voxel of the ball, on the patient's left
+    place = np.linalg.solve(read.affine, affine @ [*index, 1])[:3]
+    assert np.allclose(place, place.round(), atol=1e-4) and read.hu[tuple(place.round().astype(int))] == BODY.hu[tuple(index)]
+    theirs = sitk.ReadImage(str(tmp_path/"a.nii"))
+    point = (np.diag([-1, -1, 1, 1]) @ affine @ [*index, 1])[:3]
+    assert theirs.GetPixel(*map(int, theirs.TransformPhysicalPointToIndex(point.tolist()))) == BODY.hu[tuple(index)]
+
+
+def give_each_frame(macro, **fields):
+    def change(ds):
+        for frame in ds.PerFrameFunctionalGroupsSequence: setattr(frame, macro, make_sequence(**fields))
+    return change
+
+
+def test_a_frame_with_two_spacings(tmp_path):
+    "The standard lets a macro stand for all frames or for each; where both do, they must agree"
+    same = give_each_frame("PixelMeasuresSequence", PixelSpacing=[1.5, 1.5], SliceThickness=1)
+    check_same(enhanced_with(same)(tmp_path/"a"))
+    check_same(enhanced_with(give_each_frame("PixelMeasuresSequence", PixelSpacing=None))(tmp_path/"b"))
+    other = give_each_frame("PixelMeasuresSequence", PixelSpacing=[3, 3])
+    assert error_code(lambda: read_ct(enhanced_with(other)(tmp_path/"c"))) == "BAD_GEOMETRY"
+    def two_slopes(ds):
+        ENHANCED["shared_rescale"](ds)
+        give_each_frame("PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=-1024)(ds)
+    assert error_code(lambda: read_ct(enhanced_with(two_slopes)(tmp_path/"d"))) == "NOT_HU"
+
+
+def with_another_sign(k, ds):
+    "Every other slice with a sign, in 12 bits, those above them empty"
+    if k % 2 == 0: return
+    stored = np.frombuffer(ds.PixelData, "<u2").astype(int)*int(ds.RescaleSlope) + int(ds.RescaleIntercept)
+    ds.PixelData = (stored.astype("<i2").view("<u2") & 0xFFF).tobytes()
+    ds.PixelRepresentation, ds.BitsStored, ds.HighBit = 1, 12, 11
+    ds.RescaleSlope, ds.RescaleIntercept = 1, 0
+
+
+def at_the_top(k, ds):
+    ds.PixelData = (np.frombuffer(ds.PixelData, "<u2") << 2).tobytes()
+    ds.BitsStored, ds.HighBit = 14, 15
+
+
+def garbage_behind(k, ds): ds.DataSetTrailingPadding = bytes(300)
+
+
+@pytest.mark.parametrize("change", [with_another_sign, at_the_top, garbage_behind])
+def test_slices_stored_in_other_ways(tmp_path, change): check_same(slices_with(change)(tmp_path/"a"))
+
+
+@pytest.mark.parametrize("orientation", [[0, 1, 0, -1, 0, 0], [-1, 0, 0, 0, -1, 0]], ids=["on the side", "prone"])
+def test_patients_who_lie_in_other_ways(tmp_path, orientation):
+    def turn(k, ds): ds.ImageOrientationPatient = orientation
+    folder = slices_with(turn, RescaleSlope=1, RescaleIntercept=-1024)(tmp_path/"a")
+    theirs = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    read = read_ct(folder)
+    for index in ((7, 16, 35), (22, 8, 20), (3, 3, 3)):
+        point = np.diag([-1, -1, 1]) @ (read.affine @ [*index, 1])[:3]
+        assert theirs.GetPixel(*theirs.TransformPhysicalPointToIndex(point.tolist())) == read.hu[index]
+
+
+def test_an_archive_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path/"a.zip", "w") as archive: archive.writestr("IM0001", b"DICOM")
+    with pytest.raises(Exception) as caught: read_ct(tmp_path/"a.zip")
+    assert caught.value.code == "NOT_CT" and "Unpack" in str(caught.value)

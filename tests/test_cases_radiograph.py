@@ -1,12 +1,13 @@
 """Radiographs that were read wrong once, and others of their kind: each with its right value, by formula, by another
 library, or by the same picture stored in a way that nobody misreads."""
-import struct, warnings, zlib
+import gzip, io, struct, warnings, zipfile, zlib
 from dataclasses import replace
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import pydicom
+import pydicom.fileset
 import pytest
 import tifffile
 from PIL import Image
@@ -690,3 +691,170 @@ def test_dots_that_are_not_square(tmp_path, suffix, dpi, aspect):
     assert abs(read.pixel_aspect/aspect - 1) < 0.02 and read.spacing is None
     back = read_radiograph(read.write(tmp_path/f"b.{suffix}", mark=False))
     assert abs(back.pixel_aspect/aspect - 1) < 0.02
+
+
+# ---- others of their kind --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("bits, high", [(13, 13), (10, 9), (10, 12)])
+def test_samples_of_other_depths(tmp_path, codec, bits, high):
+    "13 bits that end in bit 13, 10 bits that end in bit 12, and anything around them"
+    samples = SCENE.astype(np.uint16) << 1 if bits == 13 else SCENE >> 2
+    bottom = high + 1 - bits
+    around = 0xFFFF & ~((1 << high + 1) - (1 << bottom))
+    some = np.random.default_rng(0).random(SCENE.shape) < 0.1  # more would not be smaller by any codec
+    cells = (samples << bottom | around*some).astype(np.uint16)
+    check(write_cells(tmp_path/"a.dcm", codec, cells, bits=bits, high=high), unit(samples))
+
+
+@pytest.mark.parametrize("limits", [(0, 100), (100, 0)])
+def test_a_range_of_padding_in_any_order(tmp_path, limits):
+    "PixelPaddingRangeLimit above PixelPaddingValue, or below it"
+    stored, expected = padded(0)
+    stored[:12] = np.linspace(0, 100, 12)[:, None]
+    names = "PixelPaddingValue", "PixelPaddingRangeLimit"
+    def change(ds):
+        for name, value in zip(names, limits): ds.add_new(name, "US", value)
+    check(write(tmp_path/"a.dcm", stored, change=change), expected)
+
+
+@pytest.mark.parametrize("shape", [None, "INVERSE"])
+def test_a_table_of_what_is_stored_inverted(tmp_path, shape):
+    "MONOCHROME1 with a VOI LUT Sequence, and a window that does not count beside it; as DCMTK shows it"
+    table = make_table([4096, 0, 16], CURVE.tolist())
+    header = dict(PhotometricInterpretation="MONOCHROME1", PresentationLUTShape=shape, VOILUTSequence=table)
+    check(write(tmp_path/"a.dcm", WindowCenter=2000, WindowWidth=100, **header), 1 - CURVED)
+
+
+@pytest.mark.parametrize("text", [rb"r\f ", rb" R\F ", rb"R \F ", rb"RIGHT\FOOT", rb"ra\fl "])
+def test_orientation_in_other_letters(tmp_path, text):
+    "The sense of a turn depends on it: a mirrored picture is brought upright, however its letters are written"
+    mirrored = np.ascontiguousarray(SCENE[:, ::-1])
+    check(write(tmp_path/"a.dcm", mirrored, change=lambda ds: set_raw(ds, "PatientOrientation", text, "CS")), words=1)
+
+
+@pytest.mark.parametrize("text", [b"", b"\\", b"L\\", b"R "])
+def test_half_an_orientation_is_none(tmp_path, text):
+    check(write(tmp_path/"a.dcm", change=lambda ds: set_raw(ds, "PatientOrientation", text, "CS")))
+
+
+@pytest.mark.parametrize("codec", ["raw", "RLE", "JPEG lossless"])
+def test_photometric_interpretation_in_small_letters(tmp_path, codec):
+    path = write_cells(tmp_path/"a.dcm", codec, SCENE)
+    ds = pydicom.dcmread(path)
+    set_raw(ds, "PhotometricInterpretation", b"monochrome1", "CS")
+    check(save_dicom(ds, path), 1 - unit(SCENE))
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name not in ("raw", "implicit", "big endian")])
+def test_a_file_that_ends_in_its_pixels_is_called_cut_short(tmp_path, codec):
+    "And not by an attribute that was there"
+    path = write_cells(tmp_path/"a.dcm", codec, SCENE)
+    path.write_bytes(path.read_bytes()[:-500])
+    check_refused(path, "cut short")
+
+
+def test_bytes_behind_the_last_element(tmp_path):
+    for behind in (b"garbage of an archive "*7, bytes(512)):
+        path = write(tmp_path/"a.dcm")
+        path.write_bytes(path.read_bytes() + behind)
+        check(path)
+
+
+def grouped(path, shared, own):
+    "Two frames whose header gives a pixel spacing for all, and for each"
+    ds = make_dicom(np.stack([SCENE, SCENE[::-1]]), **CASES)
+    ds.NumberOfFrames = 2
+    def measures(mm): return make_item(PixelMeasuresSequence=make_sequence(PixelSpacing=mm))
+    ds.SharedFunctionalGroupsSequence = [measures(shared)]
+    ds.PerFrameFunctionalGroupsSequence = [measures(mm) for mm in own]
+    return save_dicom(ds, path)
+
+
+@pytest.mark.parametrize("own, spacing, words", [
+    ([[0.2, 0.2], [0.1, 0.1]], (0.1, 0.1), 1), ([[0.3, 0.3]]*2, (0.3, 0.3), 0), ([None, None], (0.3, 0.3), 0),
+])
+def test_a_spacing_for_all_frames_and_one_for_each(tmp_path, own, spacing, words):
+    read, said = read_with_words(grouped(tmp_path/"a.dcm", [0.3, 0.3], own), frame=2)
+    assert read.spacing == spacing and len(said) == words and np.allclose(read.pixels, unit(SCENE[::-1]), atol=1e-5)
+
+
+def test_detector_pixels_that_are_not_square(tmp_path):
+    header = dict(ImagerPixelSpacing=[0.3, 0.15], EstimatedRadiographicMagnificationFactor=1.25)
+    read = check(write(tmp_path/"a.dcm", **header))
+    assert read.spacing == (0.3, 0.15) and read.at_detector and read.pixel_aspect == 2 and "1.25" in read.source
+
+
+def test_the_index_of_a_disc(tmp_path):
+    index = pydicom.fileset.FileSet()
+    facts = dict(StudyID="1", SeriesNumber=1, StudyTime="1200", InstanceNumber=1)
+    index.add(write(tmp_path/"a.dcm", **facts))
+    index.write(tmp_path/"disc")
+    check_refused(tmp_path/"disc"/"DICOMDIR", "DICOMDIR")
+
+
+def zip_bytes(data):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive: archive.writestr("a.dcm", data)
+    return file.getvalue()
+
+
+def picture_bytes(kind):
+    file = io.BytesIO()
+    Image.fromarray((SCENE >> 4).astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+FOREIGN = {
+    "ZIP": (lambda: zip_bytes(b"DICOM"), "Unpack"), "gzip": (lambda: gzip.compress(b"DICOM"), "Unpack"),
+    "BMP": (lambda: picture_bytes("BMP"), "PNG"), "GIF": (lambda: picture_bytes("GIF"), "PNG"),
+    "WebP": (lambda: picture_bytes("WEBP"), "PNG"), "PGM": (lambda: picture_bytes("PPM"), "PNG"),
+    "JP2": (lambda: imagecodecs.jpeg2k_encode(SCENE), "JPEG 2000"), "PDF": (lambda: b"%PDF-1.7", "PDF"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_else_a_file_may_be_is_named(tmp_path, name):
+    make, word = FOREIGN[name]
+    (tmp_path/"a.dcm").write_bytes(make())
+    check_refused(tmp_path/"a.dcm", word)
+
+
+SMALL = (SCENE[::4, ::4] >> 4).astype(np.uint8)
+
+
+@pytest.mark.parametrize("eight", [True, False])  # Pillow reads the one, tifffile the other
+@pytest.mark.parametrize("beside", [dict(subfiletype=1), dict(subfiletype=4), None], ids=["smaller", "mask", "another"])
+def test_pages_that_are_no_pictures_of_their_own(tmp_path, eight, beside):
+    "A smaller copy, or a mask, is passed over; another picture must be chosen"
+    stored = (SCENE >> 4).astype(np.uint8) if eight else SCENE
+    with tifffile.TiffWriter(tmp_path/"a.tif") as file:
+        file.write(SMALL, photometric="minisblack", subfiletype=1)
+        file.write(stored, photometric="minisblack")
+        if beside: file.write(SMALL > 90 if beside["subfiletype"] == 4 else SMALL, photometric="minisblack", **beside)
+        else: file.write(stored[::-1], photometric="minisblack")
+    if beside: check(tmp_path/"a.tif", unit(stored))
+    else:
+        with pytest.raises(RadRotatorError) as caught: read_radiograph(tmp_path/"a.tif")
+        assert caught.value.code == "WHICH_FRAME"
+        assert np.allclose(read_radiograph(tmp_path/"a.tif", frame=2).pixels, unit(stored[::-1]), atol=1e-5)
+
+
+def test_white_is_zero_beside_transparency(tmp_path):
+    options = dict(photometric="miniswhite", extrasamples=["unassalpha"], planarconfig="contig")
+    tifffile.imwrite(tmp_path/"a.tif", np.stack([SCENE, HALF], -1), **options)
+    check(tmp_path/"a.tif", 1 - unit(SCENE))
+
+
+@pytest.mark.parametrize("bits", [4, 10, 12, 14])
+@pytest.mark.parametrize("white", [False, True])
+def test_samples_packed_closely(tmp_path, bits, white):
+    "TIFF by hand: samples of any depth without a gap between them"
+    samples = SCENE >> (12 - bits) if bits < 12 else SCENE << (bits - 12)
+    ones = np.unpackbits(samples.astype(">u2").view(np.uint8).reshape(HEIGHT, WIDTH, 2), axis=-1)[..., 16 - bits:]
+    data = np.packbits(ones.reshape(HEIGHT, -1), axis=1).tobytes()
+    tags = {256: WIDTH, 257: HEIGHT, 258: bits, 259: 1, 262: int(not white), 273: 8, 277: 1, 278: HEIGHT, 279: len(data)}
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<L", 8 + len(data))
+    (tmp_path/"a.tif").write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    check(tmp_path/"a.tif", 1 - unit(samples) if white else unit(samples))

@@ -366,5 +366,6 @@ def test_where_npm_is_missing_the_page_is_left_out(monkeypatch, tmp_path, capsys
     assert not docs.write_rotator(tmp_path) and "rotate.html is left out: npm is missing" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     soup = BeautifulSoup('<p>the <a href="../rotate.html">page</a>, <a href="b.html">b</a></p>', "html.parser")
-    docs.unlink_rotator([soup])
-    assert str(soup) == '<p>the page, <a href="b.html">b</a></p>'
+    bar = [dict(text="Home", href="index.ipynb"), dict(text="Try it", href="rotate.html")]
+    docs.unlink_rotator([soup], bar)
+    assert str(soup) == '<p>the page, <a href="b.html">b</a></p>' and [item["text"] for item in bar] == ["Home"]

@@ -22,7 +22,7 @@ from radrotator.pairs.sets import write_set
 from radrotator.train.checkpoint import list_checkpoints, read_checkpoint
 from radrotator.train.config import RNG_CHUNK, PRESETS, with_settings
 from radrotator.train.log import COLUMNS, read_log
-from radrotator.train.machine import assign_pairs
+from radrotator.train.compute import assign_pairs
 
 RECIPE = {
     "unet.size": "16",
@@ -206,30 +206,37 @@ def has_rows(run, count): return (run/"log.csv").exists() and len(read_log(run))
 
 # ---- killed, and told to stop ----------------------------------------------------------------------------------------
 
+# What a run leaves behind changes only as it opens, makes, renames or removes something: it is killed just before each
+# kind of change, in this order, and each time surely, since it is never done before the last.
 DEATHS = [
+    ("os.mkdir $", 1),                # the run's folder
+    ("open /.run", 2),
+    ("os.rename /.run", 1),
+    ("os.rename /.log", 1),
+    ("open /.weights", 2),            # of step 5
+    ("os.rename /.weights", 1),
+    ("os.rename /pictures/", 1),
+    ("open /log", 1),                 # a row
     ("os.mkdir /.checkpoint", 1),
-    ("os.mkdir .*/new", 1),
     ("open .*/state.json", 1),
-    ("os.rename /.checkpoint", 2),
-    ("open /pictures/", 1),
-    ("open /.weights", 2),
-    ("shutil.rmtree", 2),
-    ("open /log", 2),
+    ("os.rename /.checkpoint", 1),
+    ("shutil.rmtree /.checkpoint", 1),
+    ("open /pictures/", 2),           # step 10
+    ("os.rename /.checkpoint", 2),    # 10 has its name, 15 not yet
+    ("os.mkdir .*/new", 2),           # 15 has its name, 20 not yet
+    ("shutil.rmtree", 2),             # of step 20, which has its name; older ones are not yet removed
 ]
 
 
 def test_killed_anywhere_it_ends_in_the_same_weights(server, sets, whole, tmp_path):
-    run, draw, killed = tmp_path/"run", random.Random(4), 0
-    ways = [dict(at=kill_at(run, *death)) for death in DEATHS]
-    ways += [dict(at=kill_at(run, "", draw.randint(1, 50))) for _ in range(2)]
-    ways += [dict(after=(draw.uniform(0.02, 1.0), *KILL)) for _ in range(3)]
-    draw.shuffle(ways)
-    for way in ways:
-        ended = server(train(sets, run, "--resume"), **way)
-        assert ended.was_killed or ended.status == 0, ended
-        killed += ended.was_killed
+    run, draw = tmp_path/"run", random.Random(4)
+    deaths = [*DEATHS[:12], *(("", draw.randint(1, 18)) for _ in range(2)), *DEATHS[12:]]  # two that nobody chose
+    for death in deaths:
+        ended = server(train(sets, run, "--resume"), at=kill_at(run, *death))
+        assert ended.was_killed, (death, ended)
         for path in list_checkpoints(run): assert step_of(path) == int(path.name[11:])  # what has its name is whole
-    assert server(train(sets, run, "--resume")).went_well and killed >= 10
+    assert list(map(step_of, list_checkpoints(run)))[-1] == 20
+    assert server(train(sets, run, "--resume")).went_well
     assert same(run, whole) and figures(run) == figures(whole)
     assert column(run, "step") == [5, 10, 15, 20] and 3 <= len(list_checkpoints(run)) <= 4
     assert not hidden(run) and {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}

@@ -41,7 +41,7 @@ def test_wheel_holds_the_package_and_its_weights(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(n.startswith("radrotator/weights/") and n.endswith(".safetensors") for n in names)
     templates = {f"radrotator/templates/{path.name}" for path in (ROOT/"radrotator"/"templates").iterdir()}
-    assert templates and templates | {"radrotator/app/widget.css"} <= set(names)
+    assert templates and templates | {"radrotator/app/widget.css", "radrotator/app/widget.js"} <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"radrotator"}
 
 

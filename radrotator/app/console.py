@@ -74,8 +74,7 @@ def start(
     context: typer.Context,  # of the parser
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,  # and exit
 ):
-    """Turn the patient in a plain radiograph, by up to 15° about each axis, and make what that takes.
-    Research software, not for diagnosis."""
+    "Turn the patient in a radiograph, by up to 15°. Research, not for diagnosis."
     if version: print(f"radrotator {radrotator.__version__}")
     elif context.invoked_subcommand is None: print(context.get_help())
 
@@ -104,6 +103,13 @@ def spell_options(
     return re.sub(rf"(?<!['\w.-])({'|'.join(SHARED)})=([\w.]*\w)", spell, text)
 
 # %% ../../nbs/50_app/00_console.ipynb #f76e257e
+def spell_addresses(
+    text: str,  # of an error or a warning
+) -> str:       # with both slashes, of which a path keeps one
+    "Spell addresses on the web as they were typed."
+    return re.sub(r"\b(https?|ftp|file|s3|gs):/(?=[^/\s])", r"\1://", text)
+
+
 def format_error(
     error: Exception,  # what went wrong
 ) -> str:              # without a line break
@@ -116,7 +122,7 @@ def format_error(
     elif isinstance(error, OSError):
         where = error.filename or "the disk"
         text = f"{where}: {error.strerror}; choose another place, or make this one readable and writable"
-    return spell_options(" ".join(text.split("\n")))
+    return spell_addresses(spell_options(" ".join(text.split("\n"))))
 
 # %% ../../nbs/50_app/00_console.ipynb #d2c754ed
 def show_warning(
@@ -161,6 +167,17 @@ class Result:
     text: str        # for people
     known: dict      # for scripts: plain values and paths
     status: int = 0  # 1: some of the work failed
+    data: bytes | None = None  # of a file that goes to standard output; what is said goes to the error stream then
+
+# %% ../../nbs/50_app/00_console.ipynb #86901d93
+STREAM = "-"  # what is typed for standard input, and for standard output
+
+
+def is_stream(
+    word: str | Path,  # as typed
+) -> bool:
+    "Tell whether standard input or output is meant."
+    return str(word) == STREAM
 
 # %% ../../nbs/50_app/00_console.ipynb #518d56d6
 Json = Annotated[bool, typer.Option("--json", help="say what was done as one JSON object")]
@@ -185,11 +202,21 @@ def with_json_output(
     "Let a command print its result, and take Ctrl-C."
     @functools.wraps(work)
     def run(*, as_json, **given):
-        aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        is_file = is_stream(given.get("out"))  # standard output is the result itself
+        if as_json and is_file:
+            raise RadRotatorError("cannot write JSON beside a picture to standard output (-o -). Leave out --json, or "
+                                  "name a file.", "JSON")
+        aside = contextlib.redirect_stdout(sys.stderr) if as_json or is_file else contextlib.nullcontext()
         try:
             with aside: result = work(**given)
-        except KeyboardInterrupt: raise Stopped from None  # before Typer makes something of it
+        except KeyboardInterrupt:  # before Typer makes something of it
+            exec("")  # where it came during an `exec`, as when PyTorch is imported, `python -m` would not end with 130
+            raise Stopped from None
         if result is None: return 0
+        if result.data is not None:
+            print(result.text, file=sys.stderr, flush=True)
+            sys.stdout.buffer.write(result.data)
+            return result.status
         text = result.text
         if as_json:
             known = dict(command=name) | result.known

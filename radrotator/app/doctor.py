@@ -20,7 +20,7 @@ from .checks import load_model
 from .console import Result, command, format_error
 from ..core import RadRotatorError
 from ..files import sha256
-from ..origin import count_cores, git_commit
+from ..provenance import count_cores, git_commit
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/07_doctor.ipynb #f950fd26
@@ -164,7 +164,7 @@ def run_checks() -> list[Check]: # what is needed first
     checks = [
         run_check("weights", name_weights, "radrotator rotate needs --weights FILE", restore, True),
         run_check("turn of a drawn pelvis", smoke_test, "radiographs cannot be rotated", restore, True),
-        run_check("NVIDIA GPU", name_gpus, "training takes days instead of hours; to rotate, none is needed",
+        run_check("NVIDIA GPU", name_gpus, "training more than tiny takes days; to rotate, none is needed",
                   "where there is one: a CUDA build of PyTorch"),
         run_check("video (H.264)", find_encoder, "sweeps become GIFs or folders of frames",
                   pip_install("imageio-ffmpeg")),

@@ -81,7 +81,8 @@ Centre = Annotated[str, typer.Option(
 # %% ../../nbs/50_app/01_options.ipynb #96e565fe
 Inputs = Annotated[list[str], typer.Argument(
     metavar="INPUT...", show_default=False,
-    help="radiographs: DICOM, PNG, TIFF or JPEG; files, folders of them, or patterns such as 'hips/*.png'")]
+    help="radiographs: DICOM, PNG, TIFF or JPEG; files, folders of them, or patterns such as 'hips/*.png'; - reads "
+         "one from standard input")]
 OnError = Annotated[Enum("OnError", dict(skip="skip", stop="stop"), type=str), typer.Option(
     "--on-error", help="of many: what to do where one is refused")]
 Strict = Annotated[bool, typer.Option(

@@ -9,12 +9,11 @@ __all__ = ['Panel']
 import io
 from dataclasses import dataclass
 
-import matplotlib, numpy as np
+import numpy as np
 from PIL import Image
 
 from .viewer import PREVIEW, SEEDS
 from ..radiograph.image import Radiograph
-from ..rotate.rotator import RadRotator
 
 # %% ../../nbs/50_app/12_panels.ipynb #22c148e2
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ def colour_bar(
     table,                   # a colour map of matplotlib
 ) -> str:                    # HTML
     "Draw what colours mean."
+    from matplotlib.colors import to_hex
     signed = low < 0
     def label(end): return f"{end:+.2g}".replace("-", "−") if signed and end else f"{end:.2g}"
-    stops = ", ".join(matplotlib.colors.to_hex(table(part)) for part in np.linspace(0, 1, 9))
+    stops = ", ".join(to_hex(table(part)) for part in np.linspace(0, 1, 9))
     ends = "".join(f"<span>{label(end)}</span>" for end in (low, (low + high)/2, high))
     return (f'<div class="rr-bar" style="background:linear-gradient(to right, {stops})"></div>'
             f'<div class="rr-ends">{ends}</div>')
@@ -60,35 +60,49 @@ def colour_panel(
     words: str,         # what it shows
 ) -> Panel:
     "Show numbers as colours, with their scale."
+    import matplotlib
     table = matplotlib.colormaps[colours]
     pixels = table((values - low)/(high - low))[..., :3]*255
     return Panel(pixels.round().astype(np.uint8), words, colour_bar(low, high, table))
 
 # %% ../../nbs/50_app/12_panels.ipynb #855740ab
-def show_before(viewer, request, side, report) -> list[Panel]:
+ZERO, INPUT = "network's 0°", "input"  # what a view can be compared with
+
+
+def compare(viewer, request, side, against) -> tuple: # (`Radiograph` before, after, words for before)
+    "Give a view and what it is to be compared with."
+    if against == INPUT: return viewer.input(request, side), viewer.view(request, side), "before: the input"
+    before = viewer.zero_view(request, side)
+    after = viewer.view(request, side) if request.turns else before
+    return before, after, "before: the network's own view at 0°"
+
+
+def show_before(viewer, request, side, report, against=ZERO) -> list[Panel]:
     "Show the radiograph."
-    return [grey_panel(viewer.input(request, side), "before")]
+    return [grey_panel(viewer.input(request, side), "before: the input")]
 
 
-def show_after(viewer, request, side, report) -> list[Panel]:
+def show_after(viewer, request, side, report, against=ZERO) -> list[Panel]:
     "Show the view."
     return [grey_panel(viewer.view(request, side), f"after: {request.words}")]
 
 
-def show_both(viewer, request, side, report) -> list[Panel]:
-    "Show the radiograph and the view."
-    return show_before(viewer, request, side, report) + show_after(viewer, request, side, report)
+def show_both(viewer, request, side, report, against=ZERO) -> list[Panel]:
+    "Show the view, and what it is compared with."
+    before, after, words = compare(viewer, request, side, against)
+    return [grey_panel(before, words), grey_panel(after, f"after: {request.words}")]
 
 # %% ../../nbs/50_app/12_panels.ipynb #cfa9fa1f
-def show_difference(viewer, request, side, report) -> list[Panel]:
+def show_difference(viewer, request, side, report, against=ZERO) -> list[Panel]:
     "Show after minus before."
-    change = viewer.view(request, side).pixels - viewer.input(request, side).pixels
+    before, after, _ = compare(viewer, request, side, against)
+    change = after.pixels - before.pixels
     top = max(0.01, float(np.percentile(np.abs(change), 99.5)))
-    words = f"after minus before: {request.words}; red has become brighter, blue darker"
+    words = f"after minus the {against}: {request.words}; red has become brighter, blue darker"
     return [colour_panel(change, -top, top, "RdBu_r", words)]
 
 # %% ../../nbs/50_app/12_panels.ipynb #34ac32e8
-def show_uncertainty(viewer, request, side, report) -> list[Panel]:
+def show_uncertainty(viewer, request, side, report, against=ZERO) -> list[Panel]:
     "Show the spread over seeds."
     if not request.turns:
         words = "before: not turned, so nothing is guessed and there is no map; move a slider"
@@ -101,10 +115,11 @@ def show_uncertainty(viewer, request, side, report) -> list[Panel]:
 # %% ../../nbs/50_app/12_panels.ipynb #c3fe2c7a
 MODES = {"after": show_after, "before": show_before, "side by side": show_both, "difference": show_difference,
          "blink": show_both, "uncertainty": show_uncertainty}
+COMPARING = "side by side", "difference", "blink"  # those for which it matters what is compared with
 
 
 def list_modes(
-    model: RadRotator,  # trained
-) -> list[str]:         # of `MODES`
+    model,      # a trained `RadRotator`
+) -> list[str]: # of `MODES`
     "List the ways to look at a model's views: no uncertainty where it draws no samples."
     return [name for name in MODES if name != "uncertainty" or model.samples]

@@ -18,13 +18,14 @@ import typer
 
 from ..angles import check_angles
 from .checks import check_result, load_model, warn_of_novelty
-from .console import Result, Stopped, command
+from .console import Result, Stopped, command, is_stream
+from .streams import check_stdin, check_stdout, streams_as_files
 from .tasks import Task, check_word, is_pattern, plan_tasks, run_tasks, tasks_table
 from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Inputs, Invert, Linear
 from .options import MarkView, OnError, Out, Seed, Solver, Steps, Strict, Weights
 from ..core import RadRotatorError
-from ..files import check_input, check_output
-from ..film import Film, check_film_name
+from ..files import PICTURES, check_input, check_output
+from ..sweeps import Film, check_film_name
 from ..pretrained import find_weights
 from ..progress import terminal_bar, terminal_progress
 
@@ -65,9 +66,10 @@ Keep = Annotated[list[str] | None, typer.Option(
     show_default=False,
     help="an attribute of the patient or the study to copy from INPUT into a DICOM result, such as PatientID; "
          "may be repeated  [default: none]")]
-PictureKind = Enum("PictureKind", {kind: kind for kind in ("png", "tif", "jpg", "dcm")}, type=str)
+PictureKind = Enum("PictureKind", {ending[1:]: ending[1:] for ending in PICTURES}, type=str)
 Kind = Annotated[PictureKind | None, typer.Option(
-    "--kind", show_default=False, help="of the results in a folder  [default: as the input]")]
+    "--format", "--kind", show_default=False,
+    help="of the results in a folder, or of the one on standard output  [default: as the input]")]
 
 
 def read_kept(
@@ -109,6 +111,29 @@ def turn_file(
     view = model.rotate(given, *angles, crop=crop, watch=watch, sampling=sampling)
     view.write(task.out, mark=mark, keep=kept)
     return dict(unfamiliar=novelty, size=view.shape, spacing=view.spacing)
+
+# %% ../../nbs/50_app/04_radiographs.ipynb #d6facd32
+def names_one_view(
+    inputs: list[str],  # as typed
+    out: Path,          # as typed
+    kind,               # of `PictureKind`, or None
+) -> bool:
+    "Find out whether a single view is meant."
+    if len(inputs) > 1 or is_pattern(inputs[0]) or Path(inputs[0]).is_dir() and is_stream(out): return False
+    return is_stream(out) or kind is None and out.suffix != "" and not out.is_dir()
+
+
+def check_one(
+    given: str,       # as typed
+    out: Path,        # as typed
+    check: Callable,  # of a result that is a file
+):
+    "Refuse one input, or its result, before anything is computed."
+    if is_stream(given): check_stdin()
+    else: check_word(given)
+    if is_stream(out): check_stdout()
+    else: check(out)
+    if not is_stream(given): check_input(given)
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #19177b7d
 def turn_one(
@@ -172,19 +197,23 @@ def rotate_command(
     device: Device = "auto",         # where to compute
 ) -> Result:
     """Turn the patient in a radiograph, or in many. A result has the frame of its input; its name says what kind of
-    file it is. OUT without an ending is a folder, for one result of each input."""
+    file it is. OUT without an ending is a folder, for one result of each input. In a pipe - is standard input,
+    and as OUT standard output: radrotator rotate - -o - --z 10 < hip.png > turned.png"""
     check_angles(x, y, z)
     find_weights(weights)
     reading = Reading(invert, frame, line_integrals)
     asked = dict(steps=steps, guidance=guidance, solver=solver, detail=detail, seed=seed)
     how = dict(angles=(x, y, z), strict=strict, keep=keep, mark=mark, crop=crop)
-    if len(inputs) == 1 and kind is None and out.suffix and not out.is_dir() and not is_pattern(inputs[0]):
-        check_word(inputs[0])
-        task = Task(Path(inputs[0]), check_result(out))
-        check_input(task.path)
-        check_keep(keep, [task])
-        return turn_one(task, reading, weights, device, how, asked)
-    tasks = plan_tasks(inputs, out, kind and f".{kind.value}")
+    kind = kind and f".{kind.value}"
+    if names_one_view(inputs, out, kind):
+        check_one(inputs[0], out, check_result)
+        with streams_as_files(inputs[0], out, kind) as (path, target, spell):
+            check_keep(keep, [Task(path, target)])
+            result = turn_one(Task(path, target), reading, weights, device, how, asked)
+            known = result.known | dict(input=Path(inputs[0]), out=out)
+            data = target.read_bytes() if is_stream(out) else None
+            return Result(spell(result.text), known, data=data)
+    tasks = plan_tasks(inputs, out, kind)
     check_keep(keep, tasks)
     def turn(task, model, sampling): return turn_file(reading.read(task.path), task, model, sampling=sampling, **how)
     known = dict(x=x, y=y, z=z, crop=crop, line_integrals=line_integrals)
@@ -269,10 +298,12 @@ def plan_films(
     if not names_one_film(inputs, kind):
         kind = kind.value if kind else "mp4"
         return plan_tasks(inputs, out, "" if kind == "frames" else f".{kind}", resume)
-    check_word(inputs[0])
-    check_film_name(out)
-    check_output(out)
-    check_input(inputs[0])
+    def check_film(path):
+        check_film_name(path)
+        check_output(path)
+    if is_stream(out):
+        raise RadRotatorError("cannot write a film to -: it needs a file. Name one in .mp4, .gif or .dcm.", "STDOUT")
+    check_one(inputs[0], out, check_film)
     return [Task(Path(inputs[0]), out)]
 
 # %% ../../nbs/50_app/04_radiographs.ipynb #2d9746f7
@@ -306,7 +337,10 @@ def sweep_command(
     check_keep(keep, tasks)
     def show(task, model, sampling): return film_file(reading.read(task.path), task, model, sampling=sampling, **how)
     try:
-        if names_one_film(inputs, kind): return film_one(tasks[0], reading, weights, device, film, how, asked)
+        if names_one_film(inputs, kind):
+            with streams_as_files(inputs[0], out, None) as (path, target, _):
+                result = film_one(Task(path, target), reading, weights, device, film, how, asked)
+                return replace(result, known=result.known | dict(input=Path(inputs[0])))
         facts = film_facts(film, reading, how)
         return do_many(tasks, out, show, on_error == "stop", weights, device, asked, facts)
     except KeyboardInterrupt:

@@ -199,7 +199,8 @@ def work(self: Saver,
     for button in self.makers: button.disabled = True
     try:
         with tempfile.TemporaryDirectory(prefix="radrotator-") as folder:
-            self.link.value = make_link(make(viewer, request, Path(folder), progress))
+            link = make_link(make(viewer, request, Path(folder), progress))
     finally:
         for button in self.makers: button.disabled = False
         self.progress.layout.display = "none"
+    self.link.value = link  # last: what stands above it has gone, and the link no longer moves under the pointer

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import check_folder
+from .console import is_stream
 from ..core import RadRotatorError, RadRotatorWarning, markdown_table
 from ..files import PICTURES, check_input, check_output
 from ..progress import terminal_bar
@@ -64,8 +65,9 @@ def check_word(
     if re.match(r"\w+://", word):
         raise RadRotatorError(f"cannot read {word}: it is an address on the web. Download it, and give the file.",
                               "URL")
-    if word == "-":
-        raise RadRotatorError("cannot read -: a radiograph is read from a file. Save the stream into one.", "STDIN")
+    if is_stream(word):
+        raise RadRotatorError("cannot read - as one of many: standard input holds one radiograph. Give it alone, and "
+                              "a file, or -, as the result.", "STDIN")
 
 
 def list_sources(
@@ -140,6 +142,9 @@ def plan_tasks(
 ) -> list[Task]:           # that are left to do
     "Give every input its result's name, or refuse before anything is computed."
     for word in words: check_word(word)
+    if is_stream(out):
+        raise RadRotatorError("cannot write many results to -: standard output takes one file. Name a folder.",
+                              "ONE_NAME")
     if out.suffix.lower() in (*PICTURES, ".mp4", ".gif") and not out.is_dir():
         raise RadRotatorError(f"cannot write many results as {out}: that names one file. Name a folder, "
                               "without such an ending.", "ONE_NAME")

@@ -10,6 +10,7 @@ import math, threading, time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from fastcore.basics import patch
@@ -17,9 +18,7 @@ from fastcore.basics import patch
 from ..angles import AXES, LIMIT
 from .worker import Cancelled
 from ..core import RadRotatorError
-from ..evaluate.protocol import sampling_ways
 from ..radiograph.image import Radiograph, resize
-from ..rotate.rotator import RadRotator
 
 # %% ../../nbs/50_app/11_viewer.ipynb #352dae76
 STEP = 0.5  # degrees
@@ -96,7 +95,7 @@ def shrink(
     shape = max(1, round(height*scale)), max(1, round(width*scale))
     spacing = radiograph.spacing
     if spacing: spacing = spacing[0]*height/shape[0], spacing[1]*width/shape[1]
-    return Radiograph(np.clip(resize(radiograph.pixels, shape), 0, 1), spacing, radiograph.source)
+    return replace(radiograph, pixels=np.clip(resize(radiograph.pixels, shape), 0, 1), spacing=spacing)
 
 # %% ../../nbs/50_app/11_viewer.ipynb #3f9ecb0f
 class LRUCache(OrderedDict):
@@ -121,9 +120,10 @@ class LRUCache(OrderedDict):
 
 # %% ../../nbs/50_app/11_viewer.ipynb #72648bca
 def list_ways(
-    model: RadRotator,  # trained
-) -> dict:              # words for a button → how views are made, the default first
+    model,      # a trained `RadRotator`
+) -> dict:      # words for a button → how views are made, the default first
     "List the ways in which a model answers."
+    from radrotator.evaluate.protocol import sampling_ways
     if not model.lifts:
         steps = model.defaults["steps"]
         best = f"as judged best ({steps} step{'s'*(steps > 1)})"
@@ -138,16 +138,30 @@ class Viewer:
     "A radiograph, a model, and the views that were asked for last."
     def __init__(self,
         radiograph: Radiograph, # as it was given
-        model: RadRotator,      # trained
+        model=None,             # a trained `RadRotator`; None: the weights that come with the package, once needed
         keep: int = 32,         # views; 2 MB each, at most
     ):
         self.radiograph = radiograph
-        self.model = model
-        self.ways = list_ways(model)
+        self.loaded = model
+        self.loading = threading.Lock()
         self.inputs = LRUCache(6)
         self.views = LRUCache(keep)
         self.seconds = {}               # way → what its last view cost
         self.cancelled = lambda: False  # whether what is being made is no longer wanted
+
+    @property
+    def model(self): # a trained `RadRotator`
+        "Give the model, loaded where it is not yet."
+        with self.loading:
+            if self.loaded is None:
+                from radrotator.rotate.rotator import RadRotator
+                self.loaded = RadRotator.from_pretrained()
+            return self.loaded
+
+    @cached_property
+    def ways(self) -> dict: # words for a button → how views are made, the default first
+        "List the ways in which the model answers."
+        return list_ways(self.model)
 
     def input(self,
         request: Request,
@@ -160,11 +174,13 @@ class Viewer:
             return replace(radiograph, pixels=1 - radiograph.pixels) if request.invert else radiograph
         return self.inputs((request.invert, side), make)
 
-    def way(self, request: Request) -> str:
-        "Name the way in which a view is to be made."
-        return request.sampling or next(iter(self.ways))
-
 # %% ../../nbs/50_app/11_viewer.ipynb #fb42fa93
+@patch
+def way(self: Viewer, request: Request) -> str:
+    "Name the way in which a view is to be made."
+    return request.sampling or next(iter(self.ways))
+
+
 @patch
 def options(self: Viewer,
     request: Request,
@@ -202,6 +218,25 @@ def view(self: Viewer,
         if side == SHOWN and request.turns: self.seconds[self.way(request)] = time.perf_counter() - began
         return view
     return self.views((request, side), make)
+
+# %% ../../nbs/50_app/11_viewer.ipynb #4e2e503b
+ALMOST_ZERO = 1e-6  # degrees
+
+
+def almost_zero(
+    request: Request,
+) -> Request:
+    "Ask for the network's own view at 0° in place of a turned one."
+    return replace(request, x=ALMOST_ZERO, y=0.0, z=0.0)
+
+
+@patch
+def zero_view(self: Viewer,
+    request: Request,
+    side: int = SHOWN,  # pixels, at most; PREVIEW: in one step
+) -> Radiograph:        # as `view`
+    "Give the network's own view at 0°, remembered or made."
+    return self.view(almost_zero(request), side)
 
 # %% ../../nbs/50_app/11_viewer.ipynb #4adc0596
 QUICK = 0.2  # seconds that a view may take to follow the hand

@@ -45,8 +45,11 @@ def nifti_header(
     try:
         with open_maybe_gzip(path) as file: block = file.read(540)
         kind = nib.Nifti2Header if block[:4] in NIFTI_2 else nib.Nifti1Header
-        with nib.imageglobals.LoggingOutputSuppressor():
-            return kind(block[:kind.template_dtype.itemsize], check=True)
+        block = block[:kind.template_dtype.itemsize]
+        with nib.imageglobals.LoggingOutputSuppressor(): header = kind(block, check=True)
+        if header["sform_code"] <= 0:  # nothing else gives the sides, of which nibabel mends what is no length
+            header["pixdim"][1:4] = kind(block, check=False)["pixdim"][1:4]
+        return header
     except Exception:
         reason = "it is not a NIfTI file, or it is damaged. Give a .nii or .nii.gz file, or a DICOM folder."
         raise refusal_of(path, reason, "UNREADABLE") from None
@@ -72,6 +75,20 @@ def nifti_shape(
         size = "×".join(map(str, shape[:3]))
         raise refusal_of(path, f"its header claims {size} voxels, more than any CT. Crop it first.", "TOO_LARGE")
     return shape[:3]
+
+# %% ../../nbs/10_ct/01_nifti.ipynb #da6adac3
+def check_voxels(
+    header,  # NIfTI-1 or NIfTI-2 header
+    path,    # for the message
+):
+    "Refuse voxels that are no plain numbers, or whose scale is none."
+    if header.get_data_dtype().kind not in "iuf":
+        reason = "its voxels are colours or complex numbers, not Hounsfield units. Give the CT itself."
+        raise refusal_of(path, reason, "NOT_HU")
+    slope, intercept = (float(header[f"scl_{name}"]) for name in ("slope", "inter"))
+    if slope and np.isfinite(slope) and not np.isfinite(intercept):
+        reason = "the scl_inter in its header is no number, and scl_slope asks for one. Mend the header."
+        raise refusal_of(path, reason, "NOT_HU")
 
 # %% ../../nbs/10_ct/01_nifti.ipynb #d94a2f94
 UNITS = {0: (1.0, "mm"), 1: (1000.0, "metres"), 2: (1.0, "mm"), 3: (0.001, "micrometres")}  # code → (mm in one, name)
@@ -161,6 +178,7 @@ def read_nifti(
     "Read voxels and affine of a 3-D NIfTI file."
     header = nifti_header(path)
     affine = nifti_affine(header, nifti_shape(header, path), path)
+    check_voxels(header, path)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     try:
         with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):

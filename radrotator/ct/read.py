@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from .nifti import has_nifti_mark, read_nifti_ct
-from .series import is_index, read_dicom_ct
+from .series import read_dicom_ct
 from .slices import quiet_series, read_slice
 from .volume import CT, refusal_of
-from ..attributes import modality
-from ..dicom import is_dicom
+from ..attributes import describe_foreign, modality
+from ..dicom import is_dicom, is_index
 
 # %% ../../nbs/10_ct/04_read.ipynb #93891902
 PROJECTIONS = "CR", "DX", "RF", "XA", "MG", "PX", "IO"  # modalities of radiographs
@@ -26,7 +26,8 @@ def check_file(
 ):
     "Refuse a file that holds no slice of a CT."
     if not is_dicom(path):
-        reason = "it is not a CT. Give a .nii or .nii.gz file, or a folder with one DICOM series."
+        reason = describe_foreign(path) or ("it is not a CT. Give a .nii or .nii.gz file, or a folder with one DICOM "
+                                            "series.")
         raise refusal_of(path, reason, "NOT_CT")
     with quiet_series(path): ds = read_slice(path)
     kind = modality(ds)

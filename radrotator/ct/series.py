@@ -16,16 +16,7 @@ import pydicom
 from .slices import decode_slices, header_numbers, quiet_series, read_slice, slice_hu, split_frames
 from .volume import CT, MAX_VOXELS, Refusal, check_affine, clean_hu, refusal_of
 from ..attributes import modality, read_integer
-from ..dicom import is_dicom
-
-# %% ../../nbs/10_ct/03_series.ipynb #45dfbd67
-INDEX = pydicom.uid.MediaStorageDirectoryStorage
-
-def is_index(
-    ds: pydicom.Dataset,  # header of a file
-) -> bool:
-    "Tell a DICOMDIR, an index of other files, whatever it is called."
-    return getattr(ds, "file_meta", {}).get("MediaStorageSOPClassUID") == INDEX
+from ..dicom import is_dicom, is_index
 
 # %% ../../nbs/10_ct/03_series.ipynb #8ce4efcb
 DICOM_NAMES = ".dcm", ".dicom", ".ima"
@@ -48,7 +39,10 @@ def is_placed(
     "Tell whether a header is that of a slice, and refuse what gives its place in other words than numbers."
     if "LOCALIZER" in (header.get("ImageType") or ()): return False
     for side in ("Rows", "Columns"): read_integer(header, side, path)
-    return None not in [header_numbers(header, name, count, path) for name, count in PLACE.items()]
+    place = {name: header_numbers(header, name, count, path) for name, count in PLACE.items()}
+    if place["PixelSpacing"] and min(place["PixelSpacing"]) <= 0:  # below 0, left and right would change places
+        raise refusal_of(path, "its PixelSpacing is not above 0. Export the series again.", "BAD_GEOMETRY")
+    return None not in place.values()
 
 # %% ../../nbs/10_ct/03_series.ipynb #349a3f94
 def find_slices(

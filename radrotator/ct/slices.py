@@ -84,6 +84,23 @@ def lay_over(
             for element in item:
                 if has_value(element.value): header[element.tag] = element
 
+# %% ../../nbs/10_ct/02_slices.ipynb #e751bd61
+PLACES = "PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"
+
+def check_groups(
+    shared: pydicom.Dataset,  # functional groups of all frames
+    frame: pydicom.Dataset,   # of one
+    path,                     # for the message
+):
+    "Refuse a frame that has two values of one attribute: the standard allows a macro in one place only."
+    for macro in (*PLACES, "PixelValueTransformationSequence"):
+        for one, other in zip(shared.get(macro) or (), frame.get(macro) or ()):
+            for element in one:
+                value = other.get(element.keyword)
+                if not has_value(element.value) or not has_value(value) or value == element.value: continue
+                reason = f"its header gives a frame two values of {element.keyword}. Export it again."
+                raise refusal_of(path, reason, "BAD_GEOMETRY" if macro in PLACES else "NOT_HU")
+
 # %% ../../nbs/10_ct/02_slices.ipynb #8deb967c
 def split_frames(
     ds: pydicom.Dataset,  # header of a CT file
@@ -99,11 +116,13 @@ def split_frames(
         raise refusal_of(path, reason, "MULTI_FRAME")
     common = pydicom.Dataset()
     common.update({element.tag: element for element in ds if element.keyword not in (*GROUPS, "PixelData")})
-    for group in (ds.get(GROUPS[0]) or ())[:1]: lay_over(common, group)
+    shared = (ds.get(GROUPS[0]) or [pydicom.Dataset()])[0]
+    lay_over(common, shared)
     headers = []
     for number, frame in enumerate(frames, 1):
         header = pydicom.Dataset()
         header.update(common)
+        check_groups(shared, frame, path)
         lay_over(header, frame)
         if has_value(header.get("FrameType")): header.ImageType = header.FrameType
         header.ReferencedFrameNumber = number

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pydicom
 
-from ..attributes import modality, read_code, read_integer, read_numbers
-from ..dicom import check_size, pick_frame, read_dicom
+from ..attributes import file_error, modality, read_code, read_integer, read_numbers
+from ..dicom import check_size, is_index, pick_frame, read_dicom
 from .display import grey_values, warn_about
 
 # %% ../../nbs/30_radiograph/03_header.ipynb #39f8bab1
@@ -68,19 +68,25 @@ def find_orientation(
     "Read where rows and columns run, from PatientOrientation."
     way = ds.get("PatientOrientation")
     if not isinstance(way, (list, pydicom.multival.MultiValue)) or len(way) != 2: return ""
-    return "".join(str(letters)[:1] for letters in way)
+    return "".join(str(letters).strip().upper()[:1] for letters in way)
 
 # %% ../../nbs/30_radiograph/03_header.ipynb #04a4df82
 def merge_frame(
     ds: pydicom.Dataset,  # the header; changed
     index: int,           # of the frame, from 0
+    path,                 # for the message
 ):
     "Lay what a header says of one frame over what it says of all."
+    shared = {}
     for sequence, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", index)):
         groups = ds.get(sequence)
         if not isinstance(groups, pydicom.Sequence) or place >= len(groups): continue
-        for macro in groups[place]:
-            if macro.VR == "SQ" and macro.value: ds.update(macro.value[0])
+        for item in (macro.value[0] for macro in groups[place] if macro.VR == "SQ" and macro.value):
+            for element in item:
+                if shared.setdefault(element.tag, element).value == element.value: continue
+                warn_about(path, f"its header gives two values of {element.keyword or 'an attribute'}, one for all "
+                                 "frames and one for this; the latter is followed")
+            ds.update(item)
 
 # %% ../../nbs/30_radiograph/03_header.ipynb #8006811d
 @dataclass(frozen=True, eq=False)
@@ -100,10 +106,13 @@ def read_image(
 ) -> DicomImage:
     "Read an image from a DICOM file, bone bright."
     ds = read_dicom(path, pixels=True)
+    if is_index(ds):
+        reason = "it is the index of a disc (DICOMDIR). Give one of the files that it lists."
+        raise file_error(path, reason, "NOT_A_RADIOGRAPH")
     judge(modality(ds))
     rows, columns = (read_integer(ds, name, path, 0) or 16 for name in ("Rows", "Columns"))  # none: see `check_pixels`
     check_size(rows, columns, path)
     marked = (ds.get("SyntheticData"), ds.get("BurnedInAnnotation")) == ("YES", "YES")
-    merge_frame(ds, pick_frame(ds, frame, path))
+    merge_frame(ds, pick_frame(ds, frame, path), path)
     spacing = find_spacing(ds, path)
     return DicomImage(grey_values(ds, path), modality(ds), spacing, find_orientation(ds), marked)

@@ -64,6 +64,15 @@ def check_page(
         reason = f"no decoder here knows its compression ({name}). Save it uncompressed."
         raise file_error(path, reason, "UNREADABLE") from None
 
+# %% ../../nbs/30_radiograph/04_picture.ipynb #6cdd84d0
+SMALLER_OR_MASK = 0b101  # bits of NewSubfileType (TIFF 6.0, tag 254)
+
+def list_pictures(
+    kinds: list,  # NewSubfileType of each page of a TIFF
+) -> list:        # of numbers of pages, from 0
+    "List the pages of a TIFF that are pictures of their own: no smaller copy of another one, and no mask."
+    return [page for page, kind in enumerate(kinds) if not kind & SMALLER_OR_MASK] or list(range(len(kinds)))
+
 # %% ../../nbs/30_radiograph/04_picture.ipynb #8a732a3b
 def page_luminance(
     page,         # of tifffile, whole
@@ -74,7 +83,7 @@ def page_luminance(
     kind = getattr(page.photometric, "name", "unknown")
     if page.planarconfig == 2 and page.samplesperpixel > 1: values = np.moveaxis(values, 0, -1)
     if kind == "PALETTE": values = np.moveaxis(np.asarray(page.colormap)[:, values], 0, -1)
-    if kind == "MINISWHITE" and values.ndim == 2: return -values.astype(np.float64)
+    if kind == "MINISWHITE" and (values.ndim == 2 or values.shape[-1] == 2): return -to_luminance(values)
     if kind == "SEPARATED":  # inks: cyan, magenta, yellow, black
         full = np.iinfo(values.dtype).max
         paper = 1 - values[..., :4].astype(np.float64)/full
@@ -93,7 +102,8 @@ def read_by_tifffile(
     "Read a TIFF of any depth, layout and compression; raise whatever tifffile raises."
     import tifffile
     with tifffile.TiffFile(path) as file:
-        page = file.pages[choose_frame(frame, len(file.pages), path)]
+        pages = list_pictures([page.tags[254].value if 254 in page.tags else 0 for page in file.pages])
+        page = file.pages[pages[choose_frame(frame, len(pages), path)]]
         check_page(page, path)
         values = page_luminance(page, path)
         orientation, *density = (page.tags[tag].value if tag in page.tags else None for tag in (274, 282, 283))
@@ -129,8 +139,8 @@ def read_by_pillow(
     "Read a picture by Pillow; raise whatever Pillow raises, and ValueError where it would lower the depth."
     with Image.open(path, formats=FORMATS) as image:
         check_size(image.height, image.width, path)
-        count = getattr(image, "n_frames", 1) if image.format in ("PNG", "TIFF") else 1
-        index = choose_frame(frame, count, path)
+        pages = list_pages(image)
+        index = pages[choose_frame(frame, len(pages), path)]
         if image.format == "PNG": image.verify()  # walks to the end of the file: a missing end is found
     # given a name and not a file, Pillow 13 maps a TIFF that lies on its side as if it stood
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
@@ -149,6 +159,19 @@ def read_by_pillow(
     return Picture(values if lies else turn_picture(values, orientation), find_aspect(density, orientation))
 
 # %% ../../nbs/30_radiograph/04_picture.ipynb #e28d1bfc
+def list_pages(
+    image,      # of Pillow
+) -> list:      # of numbers, from 0
+    "List the pictures in a file."
+    count = getattr(image, "n_frames", 1) if image.format in ("PNG", "TIFF") else 1
+    if image.format != "TIFF" or count == 1: return list(range(count))
+    kinds = []
+    for page in range(count):
+        image.seek(page)
+        kinds.append(image.tag_v2.get(254, 0))
+    return list_pictures(kinds)
+
+
 def is_deep_tiff(
     image,      # of Pillow
 ) -> bool:      # whether a sample is no unsigned integer of 8 bits or less

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..files import check_input
-from ..attributes import file_error
+from ..attributes import describe_foreign, file_error
 from ..dicom import is_dicom
 from .display import warn_about
 from .header import DicomImage, Spacing, read_image
@@ -116,7 +116,8 @@ def read_by_kind(
     if kind == "nifti":
         reason = "it is a volume (NIfTI), not a radiograph. Make a radiograph of a CT with `radrotator drr`."
         raise file_error(path, reason, "NOT_A_RADIOGRAPH")
-    reason = "it is not a DICOM, PNG, TIFF or JPEG file, whatever its name says, or it is empty. Give one."
+    unknown = "it is not a DICOM, PNG, TIFF or JPEG file, whatever its name says, or it is empty. Give one."
+    reason = describe_foreign(path) or unknown
     raise file_error(path, reason, "UNREADABLE")
 
 # %% ../../nbs/30_radiograph/05_read.ipynb #9810e2eb
