@@ -148,7 +148,8 @@ def arrange(self: RotationExplorer) -> list: # widgets, from top to bottom
 # %% ../../nbs/50_app/15_widget.ipynb #f689bd47
 @patch
 def disable(self: RotationExplorer):
-    "Let no control be touched."
+    "Let no control be touched, and show no tools for pictures that are not there."
+    self.pictures.layout.display = "none"
     boxes = [angle.box for angle in self.angles.values()]
     looks = self.mode, self.against
     for control in (*self.controls.values(), *boxes, *looks, self.reset_button, *self.saver.makers):
