@@ -27,7 +27,7 @@ from radrotator.pairs.folds import TRAIN
 from radrotator.pairs.sources import PhantomPlan, phantom_jobs
 from radrotator.train.config import PRECISIONS, PRESETS
 from radrotator.train.feeds import open_jobs
-from radrotator.train.machine import ComputeConfig, make_accelerator
+from radrotator.train.compute import ComputeConfig, make_accelerator
 from radrotator.train.trainer import Trainer
 from radrotator.model.lift import Lift, LiftConfig
 from radrotator.model.unet import UNetConfig, count_operations

@@ -14,7 +14,7 @@ from radrotator.app.options import parse_settings, parse_shard
 from radrotator.cli import app
 from radrotator.core import RadRotatorError
 from radrotator.train.run import RunRequest, train_config
-from radrotator.train.machine import assign_pairs
+from radrotator.train.compute import assign_pairs
 
 PAGE = Path(__file__).resolve().parents[1]/"nbs"/"tutorials"/"train_at_scale.ipynb"
 SBATCH = set(  # of its manual

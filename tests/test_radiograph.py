@@ -16,6 +16,7 @@ from helpers import PATIENT, make_dicom, save_dicom
 from radrotator.core import RadRotatorError, RadRotatorWarning, error_code, shared_data
 from radrotator.ct.read import read_ct
 from radrotator.phantom.phantom import member
+from radrotator.radiograph.borders import FADES
 from radrotator.radiograph.image import Radiograph
 from radrotator.radiograph.read import read_radiograph
 from radrotator.radiograph.write import PATIENT_DATA, patient_data
@@ -395,8 +396,10 @@ def border_steps(pixels, box, level):
 @pytest.mark.parametrize("box", BOXES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_borders_are_found_where_they_were_drawn(anatomy, way, box):
-    """To the pixel where the edge is sharp, within one where it is not; a side may be missed where little tells it,
-    but is never cut elsewhere, and nothing is cut where no border was drawn"""
+    """To the pixel where the edge is sharp, within one where it is not; a side may be missed where little tells it (of
+    105 in each way: none in black, 4 in white, up to 15 with noise), but is never cut elsewhere, and nothing is cut
+    where no border was drawn"""
+    missed, drawn = 0, 0
     for name in (name for name in anatomy if name == "chest" or "pelvis" in name):
         inner = anatomy[name][:, 20:-20] + 0.12  # no air at the field's edge: black on black has no edge
         inner /= inner.max()
@@ -405,9 +408,14 @@ def test_borders_are_found_where_they_were_drawn(anatomy, way, box):
         found, truth = np.array([crop.top, crop.left, crop.bottom, crop.right]), np.array(box)
         wrong = np.abs(found - truth) > ("blurred" in way or "noise" in way)
         assert not (wrong & (found > 0)).any(), (name, found)
-        is_clear = border_steps(inner, box, WAYS[way].get("level", 0.0)) > 0.3
-        assert way not in ("black", "white") or not (wrong & is_clear).any(), (name, found)
+        if way == "black": assert not wrong.any(), (name, found)
+        if way == "white":  # by FADES it may fade, as scatter does: a lower step, as to a tense belly, is no edge
+            is_clear = border_steps(inner, box, 1.0) > FADES
+            assert not (wrong & is_clear).any() and wrong.sum() <= 1, (name, found)
         assert np.array_equal(crop.put_back(kept, picture).pixels, picture.pixels)
+        missed += wrong.sum()
+        drawn += (truth > 0).sum()
+    assert missed < 0.4*drawn  # the worst: 9 of 28, with noise
 
 
 @pytest.mark.parametrize("tilt", [-9, -5, -2, 1, 3, 7, 15, 30])

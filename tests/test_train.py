@@ -22,7 +22,7 @@ from radrotator.pairs.sets import write_set
 from radrotator.train.checkpoint import list_checkpoints, read_checkpoint
 from radrotator.train.config import RNG_CHUNK, PRESETS, with_settings
 from radrotator.train.log import COLUMNS, read_log
-from radrotator.train.machine import assign_pairs
+from radrotator.train.compute import assign_pairs
 
 RECIPE = {
     "unet.size": "16",

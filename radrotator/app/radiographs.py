@@ -25,7 +25,7 @@ from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Input
 from .options import MarkView, OnError, Out, Seed, Solver, Steps, Strict, Weights
 from ..core import RadRotatorError
 from ..files import PICTURES, check_input, check_output
-from ..film import Film, check_film_name
+from ..sweeps import Film, check_film_name
 from ..pretrained import find_weights
 from ..progress import terminal_bar, terminal_progress
 

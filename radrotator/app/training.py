@@ -20,7 +20,7 @@ from .options import Bones, Device, Guidance, Out, Seed, Steps, Weights, check_f
 from .options import parse_settings
 from ..core import RadRotatorError, markdown_table
 from ..files import atomic_file, atomic_folder, check_output, sha256
-from ..origin import count_cores, git_commit
+from ..provenance import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
 from ..train.run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
 
@@ -220,7 +220,7 @@ def evaluate_command(
     from radrotator.evaluate.report import write_judge_report
     from radrotator.device import pick_device
     from radrotator.train.config import with_settings
-    from radrotator.train.machine import make_accelerator
+    from radrotator.train.compute import make_accelerator
     began = time.perf_counter()
     protocol = with_settings(Protocol(seed=seed), asked)
     device = pick_device(device)

@@ -20,7 +20,7 @@ from .consistency import cycle_errors, spread_over_seeds, sweep_figures
 from .depth import depth_errors
 from .patients import Patient
 from .protocol import Protocol, compound_turns, pure_turns, sampling_ways
-from .rows import case_rows, fine_rows, view_row
+from .measure import case_rows, fine_rows, view_row
 from .styles import style_rows
 from .views import View, ask_model, true_views
 from ..angles import LIMIT

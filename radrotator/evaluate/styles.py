@@ -18,7 +18,7 @@ from ..core import RadRotatorWarning
 from ..ct.volume import CT
 from ..drr.physics import Physics
 from .protocol import Protocol, pure_turns
-from .rows import angle_errors, view_row
+from .measure import angle_errors, view_row
 from .views import SCALE, View, ask_model, true_views
 from ..geometry import CArm
 from ..batch import unit_range

@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 
 from ..core import RadRotatorError
-from ..film import Film
+from ..sweeps import Film
 from .image import Radiograph
 from .write import TITLE, describe_pixels, synthetic_dataset
 

@@ -17,7 +17,7 @@ from PIL import Image
 from .. import __version__
 from ..core import RadRotatorError
 from ..files import atomic_file, check_output, folder_lock, write_csv
-from ..film import Film
+from ..sweeps import Film
 from ..radiograph.image import Radiograph
 from ..radiograph.write import MARK, TITLE, Caption, quiet_corner, write_picture
 from ..resume import other_setting_error

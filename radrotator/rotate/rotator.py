@@ -20,7 +20,7 @@ from ..core import RadRotatorError
 from ..device import pick_device
 from ..files import atomic_file
 from ..angles import AXES, check_angles
-from ..film import Film
+from ..sweeps import Film
 from ..model.heads import Lifted
 from ..model.lift import Lift
 from ..model.unet import UNet

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata, getheader
 
 from ..core import RadRotatorError, RadRotatorWarning
-from ..film import check_film_name
+from ..sweeps import check_film_name
 from ..radiograph.image import Radiograph, resize
 from ..radiograph.write import TITLE
 

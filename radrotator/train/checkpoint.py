@@ -89,6 +89,15 @@ def read_newest(
 # Only what the run itself writes: a report may be under way beside it
 TEMPORARY_PATTERNS = ".checkpoint-*", ".weights-*", ".log-*", ".run-*", "pictures/.*-*"
 
+def remove_temporary(
+    folder: Path,  # of a run in which nobody else is at work
+):
+    "Remove what a killed process left half-written."
+    for pattern in TEMPORARY_PATTERNS:
+        for path in folder.glob(pattern):
+            if path.is_dir(): shutil.rmtree(path)
+            else: path.unlink(missing_ok=True)
+
 # %% ../../nbs/21_train/05_checkpoint.ipynb #0b35c18d
 def remove_old_checkpoints(
     folder: Path,       # of the run
@@ -98,7 +107,4 @@ def remove_old_checkpoints(
     "Remove old checkpoints, and what a killed process left half-written."
     for path in list_checkpoints(folder)[:-last]:
         if int(path.name[11:]) != best: shutil.rmtree(path)
-    for pattern in TEMPORARY_PATTERNS:
-        for path in folder.glob(pattern):
-            if path.is_dir(): shutil.rmtree(path)
-            else: path.unlink(missing_ok=True)
+    remove_temporary(folder)

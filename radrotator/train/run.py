@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import RadRotatorError, RadRotatorWarning
 from ..files import atomic_file, check_parent, folder_lock
-from ..origin import count_cores, git_commit
+from ..provenance import count_cores, git_commit
 from ..progress import no_progress, show_progress
 from ..resume import other_setting_error
 
@@ -259,7 +259,7 @@ def make_trainer(
     "Make a trainer ready, and refuse what cannot be before minutes of work."
     from radrotator.device import pick_device
     from radrotator.train.checkpoint import list_checkpoints
-    from radrotator.train.machine import ComputeConfig, make_accelerator
+    from radrotator.train.compute import ComputeConfig, make_accelerator
     from radrotator.train.state import load_initial_weights
     from radrotator.train.trainer import Trainer
     config, of_data = train_config(request)

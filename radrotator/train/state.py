@@ -23,7 +23,7 @@ from ..resume import other_setting_error
 from .checkpoint import read_newest, remove_old_checkpoints, write_checkpoint
 from .config import EMA, TrainConfig, make_optimizer
 from .losses import collect_tones, measure_population
-from .machine import ComputeConfig, assign_pairs, make_accelerator, use_exact_algorithms
+from .compute import ComputeConfig, assign_pairs, make_accelerator, use_exact_algorithms
 from .objective import make_validation_batches
 
 # %% ../../nbs/21_train/08_state.ipynb #5989fa45

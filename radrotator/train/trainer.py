@@ -23,10 +23,11 @@ from ..model.weights import save_weights
 from ..pairs.live import OnTheFlyPairs, OnTheFlySlabs
 from ..progress import no_progress, show_progress
 from ..tone import from_signed
+from .checkpoint import remove_temporary
 from .config import PRECISIONS, RNG_CHUNK, TrainConfig, learning_rate
 from .log import LOG_EVERY, Comparison, Log, selection_loss, view_sheet
 from .losses import LiftingBatch, measure_views
-from .machine import StopSignal, explain_killed_readers, read_batches
+from .compute import StopSignal, explain_killed_readers, read_batches
 from .objective import (NoisyBatch, compute_loss, join_batches, make_noisy_batches,
                                         predict_in_one_step, validate_network)
 from .state import Trainer
@@ -330,5 +331,6 @@ def fit(self: Trainer,
     self.folder.mkdir(parents=True, exist_ok=True)
     lock = folder_lock(self.folder, wait=False) if is_main else nullcontext()
     with lock, StopSignal() as stop, explain_killed_readers():
+        if is_main: remove_temporary(self.folder)  # also where nothing is left to do: it was killed in its last moment
         log = Log(self.folder, self.step, self.compute.tensorboard) if is_main else None
         return self.run_steps(log, stop, minutes, progress if is_main else no_progress)
