@@ -322,6 +322,7 @@ def test_a_sweep_is_saved_or_stopped(explorer, tmp_path):
 def test_what_is_wrong_is_said(voila):
     assert "missing.png" in voila.nth(1).get_by_role("alert").inner_text()
     assert not voila.nth(1).get_by_role("button", name="PNG").is_enabled()
+    assert not voila.nth(1).get_by_role("button", name="Original").is_visible()
     assert "not for diagnosis" in voila.first.inner_text()
 
 
@@ -503,6 +504,9 @@ def test_jupyterlab_before_and_after_a_restart(served, opened):
         drag(explorer, axis, 0.8)
         assert value(explorer, axis) > 5
         shows(explorer, turned(**{axis: value(explorer, axis)}))
+        stage(explorer).focus()
+        page.keyboard.press("ArrowLeft")    # which JupyterLab would take for a walk through its cells
+        assert window(explorer) == (95, 50)
         if axis == "x": break
         menu("runmenu:restart-and-run-all")
         page.locator(".jp-Dialog button.jp-mod-accept").click()

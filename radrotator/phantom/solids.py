@@ -255,3 +255,15 @@ def solid_volume(
     "Measure the volume of a solid by its share of each voxel."
     d, _ = distance(parts, grid)
     return np.clip(0.5 - d/grid.spacing, 0, 1).sum()*grid.spacing**3
+
+# %% ../../nbs/11_phantom/01_solids.ipynb #9d2c2a97
+def project_solid(
+    parts,        # list of Part
+    grid: Grid,   # whose voxels are counted
+    axis=1,       # 0, 1, 2: along which it is seen
+) -> np.ndarray:  # over the two other axes of the grid, mm
+    "Measure how much of a solid lies along each line of the grid."
+    d, box = distance(parts, grid)
+    out = np.zeros([n for i, n in enumerate(grid.shape) if i != axis], np.float32)
+    out[tuple(b for i, b in enumerate(box) if i != axis)] = np.clip(0.5 - d/grid.spacing, 0, 1).sum(axis)*grid.spacing
+    return out
