@@ -90,7 +90,6 @@ def test_one_that_fails(choice, done, untried, here, capfd):
     ("rotate", "hips/a.png hips/b.tif -o full", "full/a.png: it exists already"),
     ("rotate", "hips -o turned --keep PatientID", "--keep"),
     ("rotate", "hips -o turned --weights huge", "huge"),
-    ("rotate", "full -o turned", None),
     ("rotate", "empty -o turned", "empty"),
     ("rotate", "https://example.org/hip.png -o turned.png", "https://example.org/hip.png"),
     ("rotate", "- hips/a.png -o turned", "standard input"),
@@ -105,13 +104,30 @@ def test_one_that_fails(choice, done, untried, here, capfd):
 ])
 def test_refused_before_pytorch_is_imported(command, words, why, here):
     "Nothing is computed, nothing is written"
-    (here/"full").mkdir(); (here/"full"/"a.png").write_bytes((here/"hips"/"a.png").read_bytes()); (here/"empty").mkdir()
+    fill(here)
     before = files(here)
-    code = "import sys; from radrotator.cli import main; status = main(sys.argv[1:]); sys.exit(100*('torch' in sys.modules) + status)"
-    done = subprocess.run([sys.executable, "-c", code, command, *words.split()], capture_output=True, text=True)
-    if why is None: assert done.returncode == 100 and files("turned") == ["a.png"]; return    # a control: torch is seen
+    done = command_and_torch(command, *words.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and why in done.stderr, done.stderr
     assert files(here) == before
+
+
+def test_pytorch_is_seen_where_it_is_imported(here):
+    "The control of the test above"
+    fill(here)
+    assert command_and_torch("rotate", "full", "-o", "turned").returncode == 100 and files("turned") == ["a.png"]
+
+
+def fill(here):
+    "A folder with one picture, and one with none"
+    (here/"full").mkdir()
+    (here/"full"/"a.png").write_bytes((here/"hips"/"a.png").read_bytes())
+    (here/"empty").mkdir()
+
+
+def command_and_torch(*words):
+    "A command in a process of its own; its status, and 100 more where PyTorch was imported"
+    code = "import sys; from radrotator.cli import main; status = main(sys.argv[1:]); sys.exit(100*('torch' in sys.modules) + status)"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
 
 
 def test_results_in_the_same_folder_are_not_read_again(here, capfd):
