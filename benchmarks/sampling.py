@@ -19,7 +19,7 @@ from torch import nn
 from radrotator.core import markdown_table
 from radrotator.model.sample import SOLVERS, ddim, guided_denoiser, time_steps
 from radrotator.model.unet import UNet, UNetConfig
-from radrotator.rotate.drawn import draw_batch
+from radrotator.rotate.drawing import draw_batch
 from radrotator.rotate.rotator import RadRotator
 
 SIDES = "Mediffusion, fp32", "ours, fp32", "ours, bf16"

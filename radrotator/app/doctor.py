@@ -20,7 +20,7 @@ from .checks import load_model
 from .console import Result, command, format_error
 from ..core import RadRotatorError
 from ..files import sha256
-from ..provenance import count_cores, git_commit
+from ..runtime import count_cores, git_commit
 from ..progress import terminal_bar
 
 # %% ../../nbs/50_app/07_doctor.ipynb #f950fd26

@@ -19,7 +19,7 @@ import typer
 from ..angles import check_angles
 from .checks import check_result, load_model, warn_of_novelty
 from .console import Result, Stopped, command, is_stream
-from .streams import check_stdin, check_stdout, streams_as_files
+from .stdio import check_stdin, check_stdout, streams_as_files
 from .tasks import Task, check_word, is_pattern, plan_tasks, run_tasks, tasks_table
 from .options import X, Y, Z, Axis, Crop, Detail, Device, Frame, Guidance, Inputs, Invert, Linear
 from .options import MarkView, OnError, Out, Seed, Solver, Steps, Strict, Weights

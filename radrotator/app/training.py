@@ -20,7 +20,7 @@ from .options import Bones, Device, Guidance, Out, Seed, Steps, Weights, check_f
 from .options import parse_settings
 from ..core import RadRotatorError, markdown_table
 from ..files import atomic_file, atomic_folder, check_output, sha256
-from ..provenance import count_cores, git_commit
+from ..runtime import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
 from ..train.run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
 

@@ -20,7 +20,7 @@ from .console import Result, command
 from .options import X, Y, Z, Bones, Centre, Device, Mark, Out, Seed, Workers, check_finite, parse_shard
 from ..core import RadRotatorError
 from ..files import check_output
-from ..provenance import count_cores
+from ..runtime import count_cores
 from ..progress import terminal_bar, terminal_progress
 
 # %% ../../nbs/50_app/03_volumes.ipynb #33ac3852

@@ -21,7 +21,7 @@ from ..model.heads import RIM, detail_field
 from ..radiograph.display import to_luminance
 from ..radiograph.read import RADIOGRAPHIC
 from ..radiograph.write import TITLE
-from .lifted import CURVE_SIDE, EVEN
+from .turning import CURVE_SIDE, EVEN
 from .rotator import RadRotator
 from ..tone import LEVELS, STEPS_BACK
 

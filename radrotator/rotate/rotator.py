@@ -30,10 +30,10 @@ from ..radiograph.arrays import as_radiograph, is_several
 from ..radiograph.image import Radiograph, resize
 from ..radiograph.multiframe import multiframe_dataset, write_multiframe
 from ..radiograph.write import View
-from .drawn import choose_restoration, draw_views
+from .drawing import choose_restoration, draw_views
 from .frames import choose_caption, move_into_place, open_frames, sweep_manifest
 from .frames import write_angles, write_frames
-from .lifted import lift_radiograph, turn_lifted_radiograph
+from .turning import lift_radiograph, turn_lifted_radiograph
 from .novelty import describe_novelty
 from .sampling import Sampling, resolve_sampling
 from .video import choose_encoder, fit_to_film, read_levels

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import RadRotatorError, RadRotatorWarning
 from ..files import atomic_file, check_parent, folder_lock
-from ..provenance import count_cores, git_commit
+from ..runtime import count_cores, git_commit
 from ..progress import no_progress, show_progress
 from ..resume import other_setting_error
 
