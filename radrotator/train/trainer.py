@@ -174,8 +174,8 @@ def find_stop_reason(self: Trainer,
     late: bool,        # whether the time limit has passed
 ) -> str:              # "", or why the run ends: "signal", "steps" or "time"
     "Find out whether the run ends here."
+    if self.step >= self.config.steps: return "steps"  # also where a signal came with the last one: its weights count
     if self.any_process_wishes(bool(stop)): return "signal"
-    if self.step >= self.config.steps: return "steps"
     return "time" if self.any_process_wishes(late) else ""
 
 # %% ../../nbs/21_train/09_trainer.ipynb #cf65bd3e
@@ -332,5 +332,8 @@ def fit(self: Trainer,
     lock = folder_lock(self.folder, wait=False) if is_main else nullcontext()
     with lock, StopSignal() as stop, explain_killed_readers():
         if is_main: remove_temporary(self.folder)  # also where nothing is left to do: it was killed in its last moment
+        if self.step >= self.config.steps and not (self.folder/"weights.safetensors").exists():
+            self.best = {}  # whatever it was, it is lost
+            self.validate()
         log = Log(self.folder, self.step, self.compute.tensorboard) if is_main else None
         return self.run_steps(log, stop, minutes, progress if is_main else no_progress)
