@@ -129,7 +129,10 @@ class Ended:
     code: str | None  # of the refusal
 
     @property
-    def went_well(self): return (self.status, self.err) == (0, "")
+    def went_well(self):
+        "Whether it ended well and silently; what Python says late of an earlier one, that was killed, is not its own"
+        own = [line for line in self.err.splitlines() if "resource_tracker" not in line]
+        return self.status == 0 and not own
 
     @property
     def was_killed(self): return self.status == -signal.SIGKILL
