@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = "chromium", "chromium-browser", "google-chrome"
 SLOW = {  # rooms of tests/ that take more than some seconds
-    "test_cli", "test_evaluate", "test_evaluate_registration", "test_ingest", "test_known", "test_pairs",
-    "test_site", "test_sweep", "test_train", "test_wheel", "test_widget",
+    "test_batch", "test_cli", "test_ct_headers", "test_evaluate", "test_evaluate_registration", "test_ingest",
+    "test_known", "test_page", "test_pairs", "test_site", "test_stdio", "test_sweep", "test_train", "test_wheel", "test_widget",
 }
 
 

@@ -20,6 +20,7 @@ from .options import Bones, Device, Guidance, Out, Seed, Steps, Weights, check_f
 from .options import parse_settings
 from ..core import RadRotatorError, markdown_table
 from ..files import atomic_file, atomic_folder, check_output, sha256
+from ..pretrained import find_weights
 from ..runtime import count_cores, git_commit
 from ..progress import terminal_bar, terminal_progress
 from ..train.run import RunOutcome, RunRequest, begin_or_resume, local_device, main_progress
@@ -213,6 +214,7 @@ def evaluate_command(
 ) -> Result | None:
     "Judge a model on CTs, where every view is known. Writes report.html, which needs no other file, and report.json."
     check_output(out)
+    find_weights(weights)
     patients = list_patients(cts, phantoms, bones)
     asked = parse_settings(settings) or {}
     from radrotator.evaluate.judge import judge
@@ -223,8 +225,7 @@ def evaluate_command(
     from radrotator.train.compute import make_accelerator
     began = time.perf_counter()
     protocol = with_settings(Protocol(seed=seed), asked)
-    device = pick_device(device)
-    accelerator = make_accelerator(device)
+    accelerator = make_accelerator(device := pick_device(device))
     place = local_device(device)
     model, name = load_model(weights, place)
     sampling = dict(steps=steps, guidance=guidance)

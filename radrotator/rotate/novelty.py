@@ -136,11 +136,10 @@ NEGATIVE = "as a negative (bone seems to be dark: read it with invert=True)"
 def candidate_fixes(
     radiograph: Radiograph,  # from `shrink_radiograph`
 ) -> Iterator[tuple]:        # (a clause, the picture (64, 64) that would be); the first is the picture as it is
-    "List what could make a picture familiar."
-    for quarters, turn in enumerate(TURNS):
-        for bone, negative in ((radiograph.pixels, ""), (1 - radiograph.pixels, NEGATIVE)):
-            clause = " and ".join(filter(None, (negative, turn)))
-            yield clause, Radiograph(np.rot90(bone, quarters)).square(SIDE)[0]
+    "List what could make a picture familiar: one thing at a time, for of many ways to read it one may pass by chance."
+    pixels = radiograph.pixels
+    pictures = {turn: np.rot90(pixels, quarters) for quarters, turn in enumerate(TURNS)} | {NEGATIVE: 1 - pixels}
+    for clause, picture in pictures.items(): yield clause, Radiograph(picture).square(SIDE)[0]
 
 # %% ../../nbs/31_rotate/03_novelty.ipynb #3b865b38
 NEARER = 0.9  # share of a picture's score below which another way to read it is the right one
