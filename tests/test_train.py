@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import QUIET, free_port, ranks, serving, wait_until
+from processes import QUIET, drop_late_notes, free_port, ranks, serving, wait_until
 from radrotator.cli import main
 from radrotator.ct.nifti import write_ct
 from radrotator.ct.volume import CT
@@ -343,6 +343,14 @@ def test_a_process_that_reads_is_killed_and_the_number_of_them_changes_nothing(s
     assert same(run, plain)
 
 
+def test_a_semaphore_that_is_still_there_is_a_leak():
+    where = "/usr/lib/python3.11/multiprocessing/resource_tracker.py"
+    leak = f"{where}:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore objects\n  warnings.warn(\n"
+    gone = f"{where}:267: UserWarning: resource_tracker: '/mp-tpjkmr02': [Errno 2] No such file or directory\n  warnings.warn(\n"
+    assert drop_late_notes(f"before\n{leak}{gone}after\n") == "before\nafter\n"
+    for err in (leak, leak.replace("1 leaked", "2 leaked") + gone): assert drop_late_notes(err) == err
+
+
 def start_together(server, *calls):
     "Begin as torchrun does: one call for all, or one for each rank"
     calls = calls*2 if len(calls) == 1 else calls
@@ -369,6 +377,17 @@ def test_the_number_of_processes_changes_on_the_way(server, untold, plain, tmp_p
     assert server(until(20)).went_well
     np.testing.assert_allclose(losses(run), losses(plain), atol=1e-5, rtol=0)
     assert losses(run)[:6] == losses(plain)[:6] and len(losses(run)) == 20 and close(run, plain)
+
+
+def test_lost_weights_of_a_run_that_is_done_are_made_again(server, untold, plain, tmp_path):
+    "By one process, and by two that have to agree on it"
+    run = shutil.copytree(plain, tmp_path/"run")
+    for together in (False, True):
+        (run/"weights.safetensors").unlink()
+        call = train(untold, run, "--resume")
+        for each in start_together(server, call) if together else [server.start(call)]:
+            assert server.end(each).went_well
+        assert close(run, plain)
 
 
 def test_two_processes_stop_together_where_one_is_told_to(server, untold, tmp_path):

@@ -332,7 +332,8 @@ def fit(self: Trainer,
     lock = folder_lock(self.folder, wait=False) if is_main else nullcontext()
     with lock, StopSignal() as stop, explain_killed_readers():
         if is_main: remove_temporary(self.folder)  # also where nothing is left to do: it was killed in its last moment
-        if self.step >= self.config.steps and not (self.folder/"weights.safetensors").exists():
+        missing = not (self.folder/"weights.safetensors").exists()
+        if self.step >= self.config.steps and self.any_process_wishes(missing):  # asked before any of them writes
             self.best = {}  # whatever it was, it is lost
             self.validate()
         log = Log(self.folder, self.step, self.compute.tensorboard) if is_main else None
