@@ -89,6 +89,7 @@ class PhantomPlan(SetPlan):
     atlas_share: float = 0.5    # of the phantoms, where bones are given
     implants: float = 0.1       # share with a hip prosthesis
     bare: float | None = None   # share that is bone alone; None: as the phantoms fall, 3 of 20
+    variety: float = 1.0        # of their shapes, relative to that of the patients that they are drawn from
 
 # %% ../../nbs/13_pairs/03_sources.ipynb #c4f9987f
 def phantom_jobs(
@@ -112,7 +113,7 @@ def load_ct(self: PhantomPlan,
     if job.source is None:
         number = int(job.name.rsplit("-")[1])
         ct = member(number, self.seed, bones=self.bones, atlas_share=self.atlas_share, implants=self.implants,
-                    soft=soft)
+                    soft=soft, variety=self.variety)
     else:
         seed, implant = int(random.integers(2**31)), random.random() < self.implants
         ct = phantom(seed, implant=implant, bones=self.bones, patient=job.source, soft=soft)

@@ -130,9 +130,10 @@ def patient(
 def sample(
     self: BoneAtlas,
     g: np.random.Generator,  # random numbers
+    variety=1.0,             # of shapes, relative to that of the training patients
 ) -> Pelvis:
     "Draw a shape within ±2.5 standard deviations of the training patients along every mode, or its mirror image."
-    z = g.standard_normal(len(self.deviations)).clip(-2.5, 2.5)
+    z = variety*g.standard_normal(len(self.deviations)).clip(-2.5, 2.5)
     vertices = self.mean.reshape(-1) + (z*self.deviations) @ self.modes
     pelvis = self.to_pelvis(vertices.reshape(self.mean.shape))
     return mirror_pelvis(pelvis) if g.random() < 0.5 else pelvis
@@ -148,9 +149,9 @@ class BoneAtlases:
         "Folds of all patients, (P,) 1 … 7."
         return np.concatenate([a.folds for a in self.atlases])
 
-    def sample(self, g):
+    def sample(self, g, variety=1.0):
         "Draw a shape from any of the atlases."
-        return self.atlases[g.integers(len(self.atlases))].sample(g)
+        return self.atlases[g.integers(len(self.atlases))].sample(g, variety)
 
     def patient(self, i):
         "Give a patient's own pelvis."

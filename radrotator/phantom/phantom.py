@@ -95,11 +95,12 @@ def phantom(
     fractured=False, # with broken bones
     lost=False,      # with bones missing
     segmented=False, # bone alone as a threshold cuts it out of a CT; for phantoms without soft tissue
+    variety=1.0,     # of new shapes, see `make_skeleton`
 ) -> CT:             # with labels, about the isocentre
     "Make a synthetic pelvic CT, the same for the same arguments."
     atlas = check_arguments(bones, patient, spacing, implant)
     def stream(name): return rng(seed, "phantom", name)
-    skeleton = make_skeleton(seed, implant, atlas, patient, fractured)
+    skeleton = make_skeleton(seed, implant, atlas, patient, fractured, variety)
     with_tissue, pelvis_only, noise = draw_kind(seed)
     if soft is None: soft = with_tissue
     grid = Grid(spacing)
@@ -129,6 +130,7 @@ def member(
     fractures=0.08,    # share with broken bones, twice that of bone alone
     lost=0.1,          # share of bone alone with bones missing
     segmented=0.5,     # share of bone alone that looks cut out of a CT
+    variety=1.0,       # of new shapes, see `make_skeleton`
 ) -> CT:               # with labels, named phantom-00000 for the first
     "Make one member of a population."
     name = f"phantom-{i:05d}"
@@ -139,5 +141,5 @@ def member(
     bare = not (draw_kind(number)[0] if soft is None else soft)
     fractured = bool(broken or bare and g.random() < fractures)
     ct = phantom(number, spacing, bool(implant), bones if from_atlas else None, soft=not bare, fractured=fractured,
-                 lost=bool(bare and gone), segmented=bool(bare and cut))
+                 lost=bool(bare and gone), segmented=bool(bare and cut), variety=variety)
     return replace(ct, name=name)

@@ -14,7 +14,7 @@ from ..core import rng
 from .femur import Hip, femur_frame, pose_femur, proximal_femur
 from .grid import BONES, FEMORA
 from .implant import Prosthesis, resect_femur
-from .pelvis import Pelvis, axis_rotation, pose_pelvis, warp_pelvis
+from .pelvis import WARP, Pelvis, axis_rotation, pose_pelvis, warp_pelvis
 from .solids import capsule_chain, half_space
 from .spine import Spine, coccyx, lumbar_spine
 from .template import template_pelvis
@@ -133,13 +133,14 @@ def make_skeleton(
     atlas=None,             # BoneAtlas; None: constructed shapes
     patient=None,           # row of the atlas; None: a new shape
     fractured=False,        # with broken bones
+    variety=1.0,            # of new shapes, relative to that of the atlas
 ) -> Skeleton:
     "Draw all bones of a phantom."
     def stream(name): return rng(seed, "phantom", name)
     if patient is not None: pelvis = atlas.patient(patient)
     else:
-        shape = atlas.sample(stream("shape")) if atlas else template_pelvis(stream("shape"))
-        pelvis = warp_pelvis(shape, stream("warp"))
+        shape = atlas.sample(stream("shape"), variety) if atlas else template_pelvis(stream("shape"))
+        pelvis = warp_pelvis(shape, stream("warp"), WARP*variety)
     pelvis = pose_pelvis(pelvis, stream("pose"))
     hips, heads, femora = add_femora(pelvis, stream("hips"))
     spine = lumbar_spine(pelvis, stream("spine"))
