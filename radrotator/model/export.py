@@ -13,8 +13,8 @@ from torch import nn
 
 from ..core import RadRotatorError
 from ..files import atomic_file
-from .heads import lift_picture
-from .lift import Lift, Shares, extend_picture, low_pass
+from .heads import extend_picture, lift_picture, low_pass
+from .lift import Lift, Shares
 
 # %% ../../nbs/20_model/07_export.ipynb #c1ab588f
 class TellTones(nn.Module):
@@ -26,7 +26,7 @@ class TellTones(nn.Module):
         super().__init__()
         self.tone = network.tone
 
-    def forward(self, ranks, known): return self.tone.quantiles(self.tone.choose(ranks, known))
+    def forward(self, ranks, known): return self.tone.tell_both_ways(ranks, known)
 
 # %% ../../nbs/20_model/07_export.ipynb #78282e50
 class TellShares(nn.Module):
@@ -41,7 +41,7 @@ class TellShares(nn.Module):
 
     def forward(self, picture, known):
         config = self.network.config
-        shares = Shares(*self.network.share(picture, known), None)
+        shares = Shares(*self.network.share_both_ways(picture, known))
         lifted = lift_picture(shares, picture, known, picture, config.split, config.fov)
         blurred = low_pass(extend_picture(picture, known, config.canvas)[0], config.split)
         return lifted.soft, lifted.shares, blurred, lifted.depths.float(), lifted.detail_depth

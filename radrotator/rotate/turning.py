@@ -17,7 +17,7 @@ from ..model.lift import Lift, sample_shares
 from ..model.sample import SOLVERS
 from ..radiograph.image import Radiograph, resize
 from .sampling import Sampling
-from ..tone import ToneCurve
+from ..tone import ToneCurve, mid_ranks
 
 # %% ../../nbs/31_rotate/01_turning.ipynb #f175cb55
 EVEN = 0.98  # of the pixels: a picture with so many of one grey shows nothing
@@ -71,8 +71,9 @@ def estimate_curve(
     if radiograph.linear:
         mean = max(radiograph.pixels.mean(), 1e-6)
         return ToneCurve(np.array([0.0, 1.0]), np.array([0.0, 1/mean]))
-    tones = network.tone(_shrink(radiograph.pixels, network), known)
-    knots = network.tone.quantiles(tones)[0].cpu().numpy()
+    small = _shrink(radiograph.pixels, network)
+    ranks = mid_ranks(small.flatten(1), known.flatten(1) > 0).view_as(small)
+    knots = network.tone.tell_both_ways(ranks, known)[0].cpu().numpy()
     factor = min(1, CURVE_SIDE/max(radiograph.shape))
     shape = tuple(max(1, round(n*factor)) for n in radiograph.shape)
     return ToneCurve.from_ranks(resize(radiograph.pixels, shape), knots)

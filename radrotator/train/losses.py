@@ -18,7 +18,8 @@ from ..batch import SlabBatch
 from ..core import RadRotatorError
 from ..geometry import REACH, CArm, look_up, slab_depths
 from ..model.diffusion import LAST, add_noise
-from ..model.lift import Lift, LiftConfig, crop_middle, cumulative, layers
+from ..model.heads import layers
+from ..model.lift import Lift, LiftConfig, crop_middle, cumulative
 from ..tone import quantile_knots
 from .histogram import draw_noise, match_ranks
 from .transforms import add_rectangles
