@@ -156,7 +156,7 @@ def test_a_table_is_masked_and_bones_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("soft", (True, False))
 def test_weights_that_lift_stand_between_no_network_and_perfect_depth(soft):
-    from radrotator.evaluate.baselines import AFFINE, ORACLE, POPULATION
+    from radrotator.evaluate.baselines import AFFINE, MEAN_DEPTH, ORACLE, POPULATION
     from radrotator.evaluate.judge import judge_patient
     from radrotator.evaluate.patients import Patient
     from radrotator.evaluate.protocol import Protocol
@@ -170,9 +170,10 @@ def test_weights_that_lift_stand_between_no_network_and_perfect_depth(soft):
     result = judge_patient(model, patient, Protocol(angles=(0, 12), compound=1, frames=0, fine=96))
     lines = summary(result.rows)
     inside = {line["method"]: line["inside"] for line in lines if (line["axis"], line["bin"]) == ("z", "10–15")}
-    assert set(inside) == {"model", "mean", "no-op", AFFINE, ORACLE, POPULATION, "true view"}
+    assert set(inside) == {"model", "mean", "no-op", AFFINE, ORACLE, MEAN_DEPTH, POPULATION, "true view"}
     assert inside["no-op"] == 0 and inside["true view"] == 1 and inside[ORACLE] > 0.95
     assert inside[ORACLE] > inside["mean"] > inside[POPULATION], inside
+    assert inside[ORACLE] > inside[MEAN_DEPTH] > inside["mean"] - 0.01*(not soft), inside           # bone is known well
     for axis in ("x", "y", "z", "compound", "composed"):                                        # about the same centre
         assert find_cell(lines, "true view", axis, "10–15")["error"] < 0.5
     assert result.depth["detail, error"] < 2*result.depth["detail, spread of the truth"]

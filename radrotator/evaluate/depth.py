@@ -12,18 +12,10 @@ from ..ct.volume import CT
 from ..drr.render import Renderer
 from .views import SCALE
 from ..geometry import CArm, slab_depths, slab_planes
+from ..model.heads import mean_depth
 from ..model.lift import crop_middle
 from ..pairs.slabs import dense_part
 from ..radiograph.image import Radiograph
-
-# %% ../../nbs/41_evaluate/09_depth.ipynb #caa7a228
-def mean_depth(
-    parts: torch.Tensor,  # (K, S, S) images of the slabs
-    depths,               # (K,) mm
-) -> torch.Tensor:        # (S, S) mm
-    "Compute where the slabs lie in the mean."
-    depths = torch.as_tensor(depths).to(parts).view(-1, 1, 1)
-    return (parts*depths).sum(0)/parts.sum(0).clamp(min=1e-6)
 
 # %% ../../nbs/41_evaluate/09_depth.ipynb #f60cbbd1
 def weighted_mean(

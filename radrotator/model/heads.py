@@ -60,6 +60,15 @@ def layers(
     frame = shares.tissue*crop_middle(soft, S) + shares.detail*crop_middle(wide - soft, S)
     return torch.where(there > 0, F.pad(frame, ((C - S)//2,)*4), shares.rim*(shares.gate*soft))
 
+# %% ../../nbs/20_model/04_heads.ipynb #c434d48e
+def mean_depth(
+    slabs: torch.Tensor,  # (…, K, H, W) line integrals or shares
+    depths,               # (K,) mm
+) -> torch.Tensor:        # (…, H, W) mm
+    "Compute where the slabs lie in the mean."
+    depths = torch.as_tensor(depths).to(slabs).view(-1, 1, 1)
+    return (slabs*depths).sum(-3)/slabs.sum(-3).clamp(min=1e-6)
+
 # %% ../../nbs/20_model/04_heads.ipynb #75243ff9
 RIM = 8  # pixels of the coarse view around the picture, so that enlarging it needs no invention at the border
 

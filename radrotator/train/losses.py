@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from ..angles import LIMIT
 from ..batch import SlabBatch
 from ..core import RadRotatorError
-from ..geometry import REACH, CArm, look_up, slab_depths
+from ..geometry import CArm, look_up, slab_depths
 from ..model.diffusion import LAST, add_noise
-from ..model.heads import layers
+from ..model.heads import layers, mean_depth
 from ..model.lift import Lift, LiftConfig, crop_middle, cumulative
 from ..tone import quantile_knots
 from .histogram import draw_noise, match_ranks
@@ -322,13 +322,6 @@ class ViewErrors:
     nothing: torch.Tensor  # (B, n) that of doing nothing
     depth: torch.Tensor    # (B,) mean error of the depth, mm
 
-# %% ../../nbs/21_train/02_losses.ipynb #31872eb3
-def _mean_depth(slabs):
-    "Average the depth of (B, K, S, S) slabs, from −REACH at the back to REACH: (B, S, S)."
-    K = slabs.shape[1]
-    depths = torch.linspace(-REACH, REACH, 2*K + 1)[1::2].to(slabs).view(1, -1, 1, 1)
-    return (slabs*depths).sum(1)/slabs.sum(1).clamp(min=1e-6)
-
 # %% ../../nbs/21_train/02_losses.ipynb #d647c582
 def measure_views(
     network: Lift,        # in evaluation mode
@@ -344,7 +337,8 @@ def measure_views(
     true_slabs = batch.slabs*batch.valid
     views, true = turn_slabs(slabs*batch.valid, batch.turns, batch.fov, size, true_slabs)
     picture = crop_middle(true_slabs, size).sum(1, keepdim=True)
-    apart = (_mean_depth(crop_middle(slabs, size)) - _mean_depth(crop_middle(batch.slabs, size))).abs()
+    depths = slab_depths(CArm(fov=2), slabs.shape[1])
+    said, known = (mean_depth(crop_middle(each, size), depths) for each in (slabs, batch.slabs))
     amount = picture[:, 0]*batch.known[:, 0]
-    depth = (apart*amount).sum((1, 2))/amount.sum((1, 2))
+    depth = ((said - known).abs()*amount).sum((1, 2))/amount.sum((1, 2))
     return ViewErrors(views, true, inner(views - true), inner(picture - true), depth*batch.fov.to(depth)/2)
