@@ -11,32 +11,63 @@ from itertools import product
 
 import numpy as np
 from fastcore.basics import patch
+from scipy import fft
 
 from ..core import RadRotatorError
 from ..ct.volume import CT
-from ..geometry import CArm
+from ..geometry import CArm, rotation
 from ..radiograph.image import resize
-from .derivative import TurningDRR
-from .similarity import normalised_tiles, similarity
+from .derivative import MovingDRR
+from .similarity import flatten_contrast, similarity
 
 # %% ../../nbs/40_register/03_register.ipynb #2485796e
 @dataclass(frozen=True)
 class Registration:
     "Poses found, and how well the CT's DRRs fit there."
-    poses: np.ndarray # (N, 3) degrees
-    score: np.ndarray # (N,) at most 1
+    poses: np.ndarray  # (N, 3) degrees
+    shifts: np.ndarray # (N, 3) mm along the axes of the room by which the isocentre asked about has moved
+    score: np.ndarray  # (N,) at most 1
+    sigma: np.ndarray  # (N, 6) standard errors of angles and shifts, as far as the residue tells
 
 # %% ../../nbs/40_register/03_register.ipynb #161e10d1
 JUDGED = 0.8  # a fit that scores less is not judged
 
+# %% ../../nbs/40_register/03_register.ipynb #034b8e61
+def to_offsets(
+    poses: np.ndarray,   # (N, 3) degrees
+    shifts: np.ndarray,  # (N, 3) mm along the axes of the room
+) -> np.ndarray:         # (N, 3) RAS mm
+    "Compute where the isocentre lies in a patient who has moved."
+    return -np.einsum("nkc,nk->nc", rotation(poses), shifts)
+
+# %% ../../nbs/40_register/03_register.ipynb #3b9c7689
+def shrink_known(
+    known: np.ndarray,  # (N, size, size) 1 where a picture shows something
+    size: int,          # pixels
+) -> np.ndarray:        # (N, size, size) 1 where all of a pixel is known
+    "Bring what is known to another size."
+    return (resize(known, (len(known), size, size)) > 0.99).astype(np.float32)
+
+# %% ../../nbs/40_register/03_register.ipynb #62767e5e
+def to_spectrum(
+    pictures: np.ndarray,  # (N, size, size)
+    known=None,            # (N, size, size) 1 where they show something; None: everywhere
+) -> np.ndarray:           # (N, 2·size, size + 1) complex
+    "Transform pictures without their tone, with as much of nothing beside them."
+    size = pictures.shape[-1]
+    return fft.rfft2(flatten_contrast(pictures, known).astype(np.float32), (2*size, 2*size))
+
 # %% ../../nbs/40_register/03_register.ipynb #acd38474
 class Registrar:
     "Finds the pose of a CT at which its DRR fits a picture."
-    SIZES = 32, 64  # pixels, coarse to fine
-    REACH = 20.0    # degrees about each axis: how far the poses reach that are compared first
-    APART = 5.0     # degrees between them
-    TRIES = 4       # at each size
-    BATCH = 64      # pictures at a time, which keeps memory flat
+    SIZES = 32, 64         # pixels, coarse to fine
+    REACH = 20.0           # degrees about each axis: how far the poses reach that are compared first
+    APART = 10.0           # degrees between them
+    DEPTHS = -35, 0, 35    # mm towards the source, the same
+    SHIFT = 30.0           # mm in the plane: how far the pictures are shifted that are compared first
+    STARTS = 2             # of the best, from which it is climbed
+    TRIES = 8, 6           # at each size
+    BATCH = 32             # pictures at a time, which keeps memory flat
 
     def __init__(self,
         ct: CT,              # of the patient in the pictures
@@ -44,17 +75,17 @@ class Registrar:
         spacing: float = 4.0,# mm, to which the CT is resampled
     ):
         self.carm = carm
-        self.drr = TurningDRR(ct.resample(spacing))
+        self.drr = MovingDRR(ct.resample(spacing))
         angles = np.arange(-self.REACH, self.REACH + 1, self.APART)
-        self.grid = np.array(list(product(angles, repeat=3)))
-        self.grid_tiles = self.tile(self.drr.render(self.grid, replace(carm, size=self.SIZES[0])))
-
-    def tile(self, pictures):
-        "Cut pictures for the first comparison: the whole, and sixteen tiles of it."
-        whole, sixteenth = self.SIZES[0], self.SIZES[0]//4
-        return np.concatenate([normalised_tiles(pictures, side) for side in (whole, sixteenth)], axis=1)
+        grid = np.array([*product(angles, angles, angles, self.DEPTHS)], float)
+        self.grid, self.grid_shifts = grid[:, :3], grid[:, 3:]*[0, 1, 0]
+        drrs = self.drr.render(self.grid, replace(carm, size=self.SIZES[0]), to_offsets(self.grid, self.grid_shifts))
+        self.spectra = to_spectrum(drrs).conj()
 
 # %% ../../nbs/40_register/03_register.ipynb #ec95acf7
+LONGEST = np.array([8.0]*3 + [40.0]*3)  # degrees and mm: no step is longer
+
+
 def choose(
     better: np.ndarray,  # (N,) bool
     new: tuple,          # arrays of N rows
@@ -63,55 +94,121 @@ def choose(
     "Take the new rows where they are better."
     return tuple(np.where(better.reshape(-1, *[1]*(a.ndim - 1)), a, b) for a, b in zip(new, old))
 
+# %% ../../nbs/40_register/03_register.ipynb #2d0faaf6
+@patch
+def find_starts(
+    self: Registrar,
+    picture: np.ndarray, # (size, size) of the smallest size
+    known: np.ndarray,   # (size, size) 1 where it shows something
+):                       # poses and shifts, (STARTS, 3) each
+    "Compare a picture with the DRRs of the grid at all shifts in the plane."
+    size = len(picture)
+    pixel = self.carm.fov/size
+    reach = min(int(self.SHIFT/pixel), size//2)
+    places = np.arange(-reach, reach + 1)
+    spectrum = to_spectrum(picture[None], known[None])
+    fits = fft.irfft2(spectrum*self.spectra, (2*size, 2*size))[:, places][:, :, places].reshape(len(self.grid), -1)
+    best = np.argsort(-fits.max(1))[:self.STARTS]
+    down, right = np.unravel_index(fits[best].argmax(1), (len(places), len(places)))
+    in_plane = -pixel*np.stack([places[right], 0*right, places[down]], 1)  # right in the picture is the patient's left
+    return self.grid[best], self.grid_shifts[best] + in_plane
+
 # %% ../../nbs/40_register/03_register.ipynb #503a4d33
 @patch
 def climb(
     self: Registrar,
     pictures: np.ndarray, # (N, size, size)
+    known: np.ndarray,    # (N, size, size) 1 where they show something
     poses: np.ndarray,    # (N, 3) degrees: where to start
-    offsets=None,         # (N, 3) mm, as for `Registrar`
-):                        # poses (N, 3), score (N,)
+    offsets: np.ndarray,  # (N, 3) RAS mm: the same
+    tries: int,           # steps at most
+):                        # poses and offsets (N, 3), score (N,), Gauss–Newton matrix (N, 6, 6)
     "Climb by Levenberg–Marquardt to the pose that fits best."
     carm = replace(self.carm, size=pictures.shape[-1])
-    def fit(poses): return similarity(pictures, self.drr(poses, carm, offsets))
-    current = fit(poses)
+    def fit(poses, offsets): return similarity(pictures, self.drr(poses, carm, offsets), known)
+    current = fit(poses, offsets)
     damping = np.full((len(poses), 1), 1e-2)
-    for _ in range(self.TRIES):
+    for _ in range(tries):
         _, gradient, matrix = current
         damped = damping*np.einsum("nkk->nk", matrix) + 1e-12
-        step = np.linalg.solve(matrix + damped[..., None]*np.eye(3), gradient[..., None])[..., 0]
-        new = fit(poses + step)
+        step = np.linalg.solve(matrix + damped[..., None]*np.eye(6), gradient[..., None])[..., 0].clip(-LONGEST, LONGEST)
+        turned = poses + step[:, :3]
+        moved = offsets + to_offsets(turned, step[:, 3:])
+        new = fit(turned, moved)
         better = new[0] > current[0]
-        poses, damping = choose(better, (poses + step, damping/10), (poses, damping*10))
+        poses, offsets, damping = choose(better, (turned, moved, damping/10), (poses, offsets, damping*10))
         current = choose(better, new, current)
-    return poses, current[0]
+    return poses, offsets, current[0], current[2]
 
 # %% ../../nbs/40_register/03_register.ipynb #20481144
 @patch
 def register_batch(
     self: Registrar,
     pictures: np.ndarray, # (N, size, size)
-    offsets: np.ndarray,  # (N, 3) mm
-):                        # poses (N, 3), score (N,)
-    "Register a batch. The first comparison leaves out the offset: a few millimetres do not matter at 5°."
-    levels = [resize(pictures, (len(pictures), size, size)) for size in self.SIZES]
-    poses = self.grid[(self.tile(levels[0]) @ self.grid_tiles.T).argmax(1)]
-    for level in levels: poses, score = self.climb(level, poses, offsets)
-    return poses, score
+    known: np.ndarray,    # (N, size, size)
+):                        # poses and offsets (N, 3), score (N,), matrix (N, 6, 6)
+    "Register a batch: from the best places of the grid to the summit."
+    levels = [(resize(pictures, (len(pictures), size, size)), shrink_known(known, size)) for size in self.SIZES]
+    first = [self.find_starts(*one) for one in zip(*levels[0])]
+    poses, shifts = (np.concatenate(parts) for parts in zip(*first))
+    several = [np.repeat(images, self.STARTS, 0) for images in levels[0]]
+    poses, offsets, score, _ = self.climb(*several, poses, to_offsets(poses, shifts), self.TRIES[0])
+    best = score.reshape(-1, self.STARTS).argmax(1) + self.STARTS*np.arange(len(pictures))
+    poses, offsets = poses[best], offsets[best]
+    for level, tries in zip(levels[1:], self.TRIES[1:]):
+        poses, offsets, score, matrix = self.climb(*level, poses, offsets, tries)
+    return poses, offsets, score, matrix
+
+# %% ../../nbs/40_register/03_register.ipynb #6992661c
+def count_independent(
+    residue: np.ndarray,  # (N, size, size)
+) -> np.ndarray:          # (N,)
+    "Count the pixels that neighbours leave independent."
+    apart = residue - residue.mean((1, 2), keepdims=True)
+    power = (apart**2).mean((1, 2)).clip(1e-12)
+    beside = (apart[:, 1:]*apart[:, :-1]).mean((1, 2)), (apart[:, :, 1:]*apart[:, :, :-1]).mean((1, 2))
+    across, along = (np.clip(product/power, 0, 0.99) for product in beside)
+    return residue[0].size*(1 - across)/(1 + across)*(1 - along)/(1 + along)
+
+# %% ../../nbs/40_register/03_register.ipynb #5add1d03
+@patch
+def standard_errors(
+    self: Registrar,
+    pictures: np.ndarray, # (N, size, size)
+    poses: np.ndarray,    # (N, 3) degrees
+    offsets: np.ndarray,  # (N, 3) RAS mm
+    score: np.ndarray,    # (N,) of the fit there
+    matrix: np.ndarray,   # (N, 6, 6) the same
+) -> np.ndarray:          # (N, 6) degrees and mm
+    "Estimate how sure poses are, by what the DRR does not explain."
+    size = self.SIZES[-1]
+    drrs = self.drr.render(poses, replace(self.carm, size=size), offsets)
+    def standardise(images):
+        apart = images - images.mean((1, 2), keepdims=True)
+        return apart/np.sqrt((apart**2).mean((1, 2), keepdims=True)).clip(1e-6)
+    residue = standardise(resize(pictures, (len(pictures), size, size))) - standardise(drrs)
+    s = score.clip(0.01, 0.9999)
+    information = count_independent(residue)*s**2/(1 - s**2)
+    covariance = np.linalg.pinv(information[:, None, None]*matrix)
+    return np.sqrt(np.einsum("nkk->nk", covariance).clip(0))
 
 # %% ../../nbs/40_register/03_register.ipynb #202f196a
 @patch
 def __call__(
     self: Registrar,
     pictures: np.ndarray, # (N, size, size) in any tone, bone brighter than what is around it
-    offsets=None,         # (N, 3) RAS mm from the CT's isocentre to the one of each picture; None: the same
+    offsets=None,         # (N, 3) RAS mm from the CT's isocentre to the one asked about; None: the same
+    known=None,           # (N, size, size) 1 where they show something; None: everywhere
 ) -> Registration:
     "Register pictures, each by itself."
     pictures = np.asarray(pictures, np.float32)
     if pictures.ndim != 3 or pictures.shape[1] != pictures.shape[2] or not np.isfinite(pictures).all():
         raise RadRotatorError(f"cannot register pictures of shape {pictures.shape}: they must be square and hold "
                               "finite numbers. Give an array of shape (N, size, size).", "NOT_SQUARE")
-    offsets = np.zeros((len(pictures), 3)) if offsets is None else np.asarray(offsets, float)
+    known = np.ones_like(pictures) if known is None else np.asarray(known, np.float32)
+    about = np.zeros((len(pictures), 3)) if offsets is None else np.asarray(offsets, float)
     batches = [slice(i, i + self.BATCH) for i in range(0, len(pictures), self.BATCH)]
-    parts = [self.register_batch(pictures[batch], offsets[batch]) for batch in batches]
-    return Registration(*map(np.concatenate, zip(*parts)))
+    parts = [self.register_batch(pictures[batch], known[batch]) for batch in batches]
+    poses, found, score, matrix = map(np.concatenate, zip(*parts))
+    shifts = np.einsum("nkc,nc->nk", rotation(poses), about - found)
+    return Registration(poses, shifts, score, self.standard_errors(pictures, poses, found, score, matrix))
