@@ -43,7 +43,7 @@ def turning_field(
 
 # %% ../../nbs/40_register/01_derivative.ipynb #c9eccabc
 class MovingDRR:
-    "DRRs of a CT, and their derivatives by the three angles and by three shifts."
+    "DRRs of a CT, and their derivatives by three turns and three shifts."
     def __init__(self,
         ct: CT, # small: it is rendered thousands of times
     ):
@@ -85,11 +85,9 @@ def __call__(
     carm: CArm,          # geometry
     offset=None,         # (N, 3) RAS mm by which the isocentre is moved; None: not at all
 ) -> np.ndarray:         # (N, 7, size, size): the DRR, its derivatives about x, y, z per degree, along them per mm
-    "Render DRRs, and how they change with the pose and with shifts along the axes of the room."
+    "Render DRRs, and how they change with turns about the axes of the room and with shifts along them."
     offset = np.zeros_like(poses) if offset is None else np.asarray(offset, float)
-    before = rotation(poses[:, None]*np.tri(3, k=-1))
-    axes = np.radians(np.einsum("nkkc->nkc", before))
     turning, gradients = self.integrate_fields(poses, carm, offset)
-    turns = np.einsum("nkc,ncij->nkij", -axes, turning)
-    shifts = np.einsum("nkc,ncij->nkij", -rotation(poses), gradients)
+    def turn_back(fields): return -np.einsum("nkc,ncij->nkij", rotation(poses), fields)
+    turns, shifts = turn_back(turning)*np.radians(1), turn_back(gradients)
     return np.concatenate([self.render(poses, carm, offset)[:, None], turns, shifts], axis=1)
