@@ -19,7 +19,7 @@ from ..geometry import CArm, rotation
 from ..radiograph.image import resize
 from .derivative import MovingDRR
 from .pose import to_angles, to_offsets, turn_further
-from .similarity import flatten_contrast, similarity
+from .similarity import flatten_contrast, shrink_known, similarity
 
 # %% ../../nbs/40_register/03_register.ipynb #2485796e
 @dataclass(frozen=True)
@@ -32,14 +32,6 @@ class Registration:
 
 # %% ../../nbs/40_register/03_register.ipynb #161e10d1
 JUDGED = 0.8  # a fit that scores less is not judged
-
-# %% ../../nbs/40_register/03_register.ipynb #3b9c7689
-def shrink_known(
-    known: np.ndarray,  # (N, size, size) 1 where a picture shows something
-    size: int,          # pixels
-) -> np.ndarray:        # (N, size, size) 1 where all of a pixel is known
-    "Bring what is known to another size."
-    return (resize(known, (len(known), size, size)) > 0.99).astype(np.float32)
 
 # %% ../../nbs/40_register/03_register.ipynb #62767e5e
 def to_spectrum(

@@ -9,6 +9,8 @@ __all__ = ['similarity', 'flatten_contrast']
 import numpy as np
 from scipy import ndimage
 
+from ..radiograph.image import resize
+
 # %% ../../nbs/40_register/02_similarity.ipynb #1533ff1b
 WINDOW = 13/96         # of a picture's side
 CONTRAST_FLOOR = 1e-3  # of the whole picture's covariances: a window with less has no contrast
@@ -62,6 +64,14 @@ def similarity(
     local, seen = covariances(images, known, round(WINDOW*size))
     parts = correlation(whole, all_seen.clip(1e-6)), correlation(local + CONTRAST_FLOOR*whole, seen)
     return tuple((a + b)/2 for a, b in zip(*parts))
+
+# %% ../../nbs/40_register/02_similarity.ipynb #3b9c7689
+def shrink_known(
+    known: np.ndarray,  # (N, size, size) 1 where a picture shows something
+    size: int,          # pixels
+) -> np.ndarray:        # (N, size, size) 1 where all of a pixel is known
+    "Bring what is known to another size."
+    return (resize(known, (len(known), size, size)) > 0.99).astype(np.float32)
 
 # %% ../../nbs/40_register/02_similarity.ipynb #422ceeab
 def flatten_contrast(
