@@ -6,12 +6,12 @@
 __all__ = ['PARAMETRISATIONS', 'exp_rotation', 'log_rotation', 'make_pose', 'invert_pose', 'exp_pose', 'log_pose', 'decode_pose',
            'encode_pose', 'pose_to_camera', 'camera_to_pose']
 
-# %% ../../nbs/40_register/00_rigid.ipynb #7ab4ca78
+# %% ../../nbs/40_register/00_rigid.ipynb #7d5665a0
 import torch
 
 from ..core import RadRotatorError
 
-# %% ../../nbs/40_register/00_rigid.ipynb #ed8a2af2
+# %% ../../nbs/40_register/00_rigid.ipynb #415f8e88
 TAYLOR = 1e-3  # rad: below it the series is used; what it leaves out is of the order of θ⁶
 
 
@@ -32,7 +32,7 @@ def rotation_coefficients(
               1/12 + square/720 + square**2/30240)
     return [torch.where(small, near, far).to(omega) for near, far in zip(series, (a, b, c, d))]
 
-# %% ../../nbs/40_register/00_rigid.ipynb #86e3b396
+# %% ../../nbs/40_register/00_rigid.ipynb #7e4f7cca
 def cross_matrix(
     omega: torch.Tensor,  # (..., 3)
 ) -> torch.Tensor:        # (..., 3, 3) ω^: its product with x is ω × x
@@ -41,7 +41,7 @@ def cross_matrix(
     zero = torch.zeros_like(x)
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
 
-# %% ../../nbs/40_register/00_rigid.ipynb #41d5ccae
+# %% ../../nbs/40_register/00_rigid.ipynb #7a8180fc
 def exp_rotation(
     omega: torch.Tensor,  # (..., 3) rad: along the axis, as long as the angle
 ) -> torch.Tensor:        # (..., 3, 3)
@@ -50,7 +50,7 @@ def exp_rotation(
     hat = cross_matrix(omega)
     return torch.eye(3).to(omega) + a*hat + b*(hat @ hat)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #194bfaf6
+# %% ../../nbs/40_register/00_rigid.ipynb #4e179eda
 def matrix_to_adjugate(
     matrix: torch.Tensor,  # (..., 3, 3) rotations
 ) -> torch.Tensor:         # (..., 4, 4) q·qᵀ, real part first
@@ -62,7 +62,7 @@ def matrix_to_adjugate(
     first = torch.cat([1 + trace, s.mT], -1)
     return torch.cat([first, torch.cat([s, block], -1)], -2)/4
 
-# %% ../../nbs/40_register/00_rigid.ipynb #7797e1c7
+# %% ../../nbs/40_register/00_rigid.ipynb #07622e66
 def adjugate_to_quaternion(
     adjugate: torch.Tensor,  # (..., 4, 4) symmetric, near a positive multiple of q·qᵀ
 ) -> torch.Tensor:           # (..., 4) unit quaternion, real part first and not negative
@@ -72,7 +72,7 @@ def adjugate_to_quaternion(
     q = q/q.norm(dim=-1, keepdim=True)
     return torch.where(q[..., :1] < 0, -q, q)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #8c361b67
+# %% ../../nbs/40_register/00_rigid.ipynb #c194fad0
 def quaternion_to_matrix(
     q: torch.Tensor,   # (..., 4) real part first, of any length but 0
 ) -> torch.Tensor:     # (..., 3, 3)
@@ -81,7 +81,7 @@ def quaternion_to_matrix(
     w, hat = w[..., None], cross_matrix(v)
     return torch.eye(3).to(q) + 2*(w*hat + hat @ hat)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #a04be63d
+# %% ../../nbs/40_register/00_rigid.ipynb #4f8ff4f9
 def log_rotation(
     matrix: torch.Tensor,  # (..., 3, 3)
 ) -> torch.Tensor:         # (..., 3) rad, of length π at most
@@ -94,7 +94,7 @@ def log_rotation(
     series = 2/torch.where(small, w, 1)*(1 - ratio/3 + ratio**2/5)
     return v*torch.where(small, series, 2*torch.atan2(n, w)/n)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #3f1bdbcb
+# %% ../../nbs/40_register/00_rigid.ipynb #e98943ee
 def make_pose(
     turn: torch.Tensor,   # (..., 3, 3) rotation
     shift: torch.Tensor,  # (..., 3) mm
@@ -104,7 +104,7 @@ def make_pose(
     last = torch.eye(4).to(top)[3].expand(*top.shape[:-2], 1, 4)
     return torch.cat([top, last], -2)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #1b3037c4
+# %% ../../nbs/40_register/00_rigid.ipynb #46de4aa1
 def invert_pose(
     pose: torch.Tensor,  # (..., 4, 4)
 ) -> torch.Tensor:       # (..., 4, 4)
@@ -112,7 +112,7 @@ def invert_pose(
     back = pose[..., :3, :3].mT
     return make_pose(back, -(back @ pose[..., :3, 3:])[..., 0])
 
-# %% ../../nbs/40_register/00_rigid.ipynb #36f9549d
+# %% ../../nbs/40_register/00_rigid.ipynb #1672d011
 def exp_pose(
     twist: torch.Tensor,  # (..., 6): ω in rad, u in mm
 ) -> torch.Tensor:        # (..., 4, 4)
@@ -123,7 +123,7 @@ def exp_pose(
     shift = u[..., None] + b*(hat @ u[..., None]) + c*(hat @ (hat @ u[..., None]))
     return make_pose(exp_rotation(omega), shift[..., 0])
 
-# %% ../../nbs/40_register/00_rigid.ipynb #3c7dd0d2
+# %% ../../nbs/40_register/00_rigid.ipynb #b5d0de62
 def log_pose(
     pose: torch.Tensor,  # (..., 4, 4)
 ) -> torch.Tensor:       # (..., 6): ω in rad, u in mm
@@ -134,7 +134,7 @@ def log_pose(
     u = shift - hat @ shift/2 + d*(hat @ (hat @ shift))
     return torch.cat([omega, u[..., 0]], -1)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #33cd66f7
+# %% ../../nbs/40_register/00_rigid.ipynb #bc852a97
 LOCK = 1e-7  # of the sine or cosine of the middle angle: below it the third angle is 0
 
 
@@ -150,7 +150,7 @@ def parse_order(
     fixed = order.islower()
     return axes[::-1] if fixed else axes, fixed
 
-# %% ../../nbs/40_register/00_rigid.ipynb #c6a9de91
+# %% ../../nbs/40_register/00_rigid.ipynb #805bd413
 def euler_to_matrix(
     angles: torch.Tensor,  # (..., 3) degrees
     order: str,            # of the axes
@@ -163,7 +163,7 @@ def euler_to_matrix(
                             for angle, axis in zip(angles.unbind(-1), axes))
     return first @ second @ third
 
-# %% ../../nbs/40_register/00_rigid.ipynb #a3c54847
+# %% ../../nbs/40_register/00_rigid.ipynb #deee774c
 def matrix_to_euler(
     matrix: torch.Tensor,  # (..., 3, 3)
     order: str,            # of the axes
@@ -187,7 +187,7 @@ def matrix_to_euler(
     angles = torch.stack([torch.where(locked, alone, first), second, torch.where(locked, 0, third)], -1)
     return (angles.flip(-1) if fixed else angles).rad2deg()
 
-# %% ../../nbs/40_register/00_rigid.ipynb #fde2cde7
+# %% ../../nbs/40_register/00_rigid.ipynb #1b823aa0
 SYMMETRIC = torch.tensor([[0, 1, 2, 3], [1, 4, 5, 6], [2, 5, 7, 8], [3, 6, 8, 9]])  # which of the ten stands where
 UPPER = torch.triu_indices(4, 4)
 
@@ -202,7 +202,7 @@ def orthogonalise_rows(
     two = two/two.norm(dim=-1, keepdim=True)
     return torch.stack([one, two, torch.linalg.cross(one, two)], -2)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #ad42cac4
+# %% ../../nbs/40_register/00_rigid.ipynb #91f3a4b1
 def lowest_eigenvector(
     matrix: torch.Tensor,  # (..., 4, 4) symmetric
 ) -> torch.Tensor:         # (..., 4) of length 1
@@ -214,11 +214,11 @@ def lowest_eigenvector(
     move = others @ ((others.mT @ ((matrix - still) @ q))/gaps[..., None])
     return (q + move)[..., 0]
 
-# %% ../../nbs/40_register/00_rigid.ipynb #eb7c0291
+# %% ../../nbs/40_register/00_rigid.ipynb #af253994
 PARAMETRISATIONS = dict(axis_angle=3, so3_log=3, se3_log=3, euler=3, quaternion=4, quaternion_adjugate=10,
                         rotation_6d=6, rotation_10d=10)  # name: how many numbers the rotation takes
 
-# %% ../../nbs/40_register/00_rigid.ipynb #403e5436
+# %% ../../nbs/40_register/00_rigid.ipynb #4ce90512
 def check_kind(
     kind: str,  # of parametrisation
 ):
@@ -227,7 +227,7 @@ def check_kind(
     raise RadRotatorError(f"cannot write a pose as {kind!r}: it is not known here. Choose one of "
                           f"{', '.join(PARAMETRISATIONS)}.", "PARAMETRISATION")
 
-# %% ../../nbs/40_register/00_rigid.ipynb #d08fdbea
+# %% ../../nbs/40_register/00_rigid.ipynb #d6c5a8b2
 def decode_pose(
     vector: torch.Tensor,  # (..., D + 3): rotation, then shift in mm
     kind: str,             # one of `PARAMETRISATIONS`
@@ -249,7 +249,7 @@ def decode_pose(
     else: turn = quaternion_to_matrix(lowest_eigenvector(turn[..., SYMMETRIC]))
     return make_pose(turn, shift)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #d3f6e964
+# %% ../../nbs/40_register/00_rigid.ipynb #620d2043
 def encode_pose(
     pose: torch.Tensor,  # (..., 4, 4)
     kind: str,           # one of `PARAMETRISATIONS`
@@ -268,7 +268,7 @@ def encode_pose(
     else: numbers = -adjugate[..., UPPER[0], UPPER[1]]
     return torch.cat([numbers, shift], -1)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #9eb51a59
+# %% ../../nbs/40_register/00_rigid.ipynb #49dd026a
 FRONTAL = torch.tensor([[-1.0, 0, 0], [0, 0, -1], [0, -1, 0]])  # O: the picture's axes in the room; its own inverse
 
 def camera_frame(
@@ -283,7 +283,7 @@ def camera_frame(
     axes = torch.eye(3) if convention == "diffdrr" else FRONTAL
     return make_pose(axes, torch.tensor([0.0, sod, 0.0])).to(like)
 
-# %% ../../nbs/40_register/00_rigid.ipynb #e3f1b97d
+# %% ../../nbs/40_register/00_rigid.ipynb #011b89af
 def pose_to_camera(
     pose: torch.Tensor,  # (..., 4, 4) of the patient
     sod: float,          # mm, source to isocentre
@@ -293,7 +293,7 @@ def pose_to_camera(
     to_patient = invert_pose(pose) @ camera_frame(pose, sod, convention)
     return invert_pose(to_patient) if convention == "opencv" else to_patient
 
-# %% ../../nbs/40_register/00_rigid.ipynb #fea5a84e
+# %% ../../nbs/40_register/00_rigid.ipynb #7c42b4cb
 def camera_to_pose(
     matrix: torch.Tensor,  # (..., 4, 4) another program's camera
     sod: float,            # mm, source to isocentre
