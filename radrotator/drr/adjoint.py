@@ -151,7 +151,7 @@ def back_project(
     images, poses = np.asarray(images), np.atleast_2d(np.asarray(poses, float))
     if images.shape != (len(poses), carm.size, carm.size):
         raise RadRotatorError(f"cannot back-project: the images have the shape {images.shape}, not "
-                              f"{(len(poses), carm.size, carm.size)}. Give one image of the C-arm's size for each pose.",
+                              f"{(len(poses), carm.size, carm.size)}. Give an image of the C-arm's size for each pose.",
                               "WRONG_SHAPE")
     if not np.isfinite(images).all():
         raise RadRotatorError("cannot back-project: an image holds a number that is not finite, and would spread it "
