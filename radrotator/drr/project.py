@@ -181,7 +181,7 @@ def _check_volume(
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise RadRotatorError("cannot project: the affine is not an invertible 4 × 4 matrix. Give the one that takes "
                               "voxel indices to patient mm.", "WRONG_SHAPE")
-    if not volume.detach().isfinite().all():
+    if not np.isfinite(volume.detach().numpy()).all():
         raise RadRotatorError("cannot project: the volume holds numbers that are not finite. Replace them; lower the "
                               "step size if an optimiser made them.", "NOT_FINITE")
 
