@@ -1,8 +1,9 @@
-"""Time the renderers side by side on the example chest CT, slabs beside plain DRRs, and a whole set of one CT.
+"""Time the renderers side by side on the example chest CT, slabs and gradients beside plain DRRs, and a whole set of one CT.
 
     python benchmarks/drr.py                  # about four minutes on two cores
     python benchmarks/drr.py --ct pelvis.nii.gz --drrs 512
     python benchmarks/drr.py --only slabs     # half a minute
+    python benchmarks/drr.py --only gradients # half a minute
 
 Every engine renders the same poses of the same attenuation volume; rounds alternate between engines, and medians are compared.
 The set is rendered in a process of its own, so that its peak memory is its own: reading, resampling to 1 mm and writing counted in.
@@ -14,7 +15,10 @@ from pathlib import Path
 import numpy as np, torch
 
 from radrotator.ct.read import read_ct
+from radrotator.drr.attenuation import _affine_about_isocentre, attenuation
+from radrotator.drr.project import project
 from radrotator.drr.render import Renderer, relative_l2
+from radrotator.drr.siddon import Siddon
 from radrotator.geometry import CArm
 from radrotator.core import markdown_table
 from radrotator.pairs.protocol import draw_poses
@@ -71,6 +75,30 @@ def split(ct, carm, rounds, n, slabs=24):
             "relative L² of the sum": f"{relative_l2(images['slabs'].sum(1), images['plain']):.1e}"}
 
 
+def differentiate(ct, carm, rounds, n):
+    "A row of a table: what the way back to the volume, and to the poses, costs beside the way forward, in turn"
+    mu, affine = torch.from_numpy(attenuation(ct.hu)), _affine_about_isocentre(ct)
+    poses = torch.from_numpy(np.random.default_rng(0).uniform(-15, 15, (n, 3)))
+    leaves = {"to the volume": mu.clone().requires_grad_(), "to the poses": poses.clone().requires_grad_()}
+    ways = {
+        "forward": lambda: Siddon(mu.numpy(), affine)(poses.numpy(), carm),
+        "project": lambda: project(mu, affine, poses, carm),
+    }
+    for name, leaf in leaves.items():
+        loss = project(leaf if leaf.ndim == 3 else mu, affine, leaf if leaf.ndim == 2 else poses, carm).sum()
+        ways[name] = lambda loss=loss, leaf=leaf: torch.autograd.grad(loss, leaf, retain_graph=True)
+    for way in ways.values(): way()                                                        # compile
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            times[name].append((time.perf_counter() - start)/n)
+    forward = statistics.median(times["forward"])
+    row = {"volume": ct.name, "pixels": f"{carm.size}²", "poses": n, "s/DRR forward": f"{forward:.5f}"}
+    return row | {name: f"{statistics.median(map(np.divide, times[name], times['forward'])):.2f}×" for name in list(ways)[1:]}
+
+
 def one_set(path, drrs, oversample, answer):
     "Render a set and tell seconds and peak memory"
     start = time.perf_counter()
@@ -95,7 +123,7 @@ def main():
     parser.add_argument("--ct", type=Path, default=Path(str(CHEST)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drrs", type=int, default=512)
-    parser.add_argument("--only", choices=("set", "slabs", "engines"), help="default: all three")
+    parser.add_argument("--only", choices=("set", "slabs", "gradients", "engines"), help="default: all")
     args = parser.parse_args()
     print(f"{args.ct.name}, 256×256 pixels, {torch.get_num_threads()} threads\n", flush=True)
     wanted = lambda part: args.only in (None, part)
@@ -105,6 +133,9 @@ def main():
     ct = read_ct(args.ct)
     if wanted("slabs"):
         rows = [split(ct, CArm(), args.rounds, 2), split(phantom(3), CArm(size=96), 20*args.rounds, 8)]
+        print(markdown_table(rows), "\n", flush=True)
+    if wanted("gradients"):
+        rows = [differentiate(ct, CArm(), args.rounds, 2), differentiate(phantom(3), CArm(size=96), 4*args.rounds, 8)]
         print(markdown_table(rows), "\n", flush=True)
     if wanted("engines"): print(markdown_table(compare(ct, CArm(), args.rounds)))
 

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/50_app/08_commands.ipynb #1497af65
 import sys
 
-from .app import demo, doctor, radiographs, training, volumes  # their commands
+from .app import demo, doctor, radiographs, registration, training, volumes  # their commands
 from .app.console import app, main
 
 # %% ../nbs/50_app/08_commands.ipynb #028f1b8a

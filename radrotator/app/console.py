@@ -21,7 +21,7 @@ from ..core import RadRotatorError, RadRotatorWarning
 # %% ../../nbs/50_app/00_console.ipynb #fe644bde
 COMMAND_GROUPS = {
     "A radiograph": ("rotate", "sweep", "demo"),
-    "CT": ("drr", "ingest", "pairs"),
+    "CT": ("drr", "register", "ingest", "pairs"),
     "Training": ("train", "report", "evaluate", "convert", "export", "phantom"),
     "Trouble": ("doctor",),
 }

@@ -145,7 +145,7 @@ def _layer_parts(sources, corners, steps, layers, size):
     "Count the parts that a layer needs so that no ray crosses two planes of one axis in it; refuse what has no layers."
     ends = (size - 1)*np.array(list(product((0, 1), repeat=2)))  # a ratio of linear functions is extreme at the corners
     d = (corners - sources)[:, None] + ends @ steps
-    if not ((d[..., 2] > 0).all() or (d[..., 2] < 0).all()):
+    if not ((d[..., 2] > 0).all(1) | (d[..., 2] < 0).all(1)).all():
         raise RadRotatorError("cannot render: the volume lies so obliquely that some rays do not pass its layers. "
                               "Resample the CT to straight axes first.", "TOO_OBLIQUE")
     if (np.abs(sources[:, 2] - (layers - 1)/2) < layers/2).any():

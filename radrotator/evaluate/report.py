@@ -141,7 +141,8 @@ def judge_page(
     sections = [group_section(name, mine, summaries[name]) for name, mine in groups.items()]
     return render_page("judged.html", title="RadRotator: judged", centre=CENTRE, overview=overview_rows(summaries),
                        bins=ANGLES, groups=sections, about=about, left_out=about.get("left_out", []),
-                       oracle=ORACLE, mean_depth=MEAN_DEPTH, population=POPULATION, judged=JUDGED, plain=PLAIN, unknown=UNKNOWN)
+                       oracle=ORACLE, mean_depth=MEAN_DEPTH, population=POPULATION,
+                       judged=JUDGED, plain=PLAIN, unknown=UNKNOWN)
 
 # %% ../../nbs/41_evaluate/13_report.ipynb #88eddb06
 def write_judge_report(
