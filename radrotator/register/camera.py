@@ -199,8 +199,8 @@ def check_picture(self: Camera,
     "Refuse a picture of another size (WRONG_SIZE)."
     size = tuple(np.shape(picture)[-2:])
     if size == (self.height, self.width): return
-    raise RadRotatorError(f"cannot use this camera: its picture has {self.height}×{self.width} pixels, and this one has "
-                          f"the shape {size}. Give the picture as it was taken, or its own camera.", "WRONG_SIZE")
+    raise RadRotatorError(f"cannot use this camera: it is one of {self.height}×{self.width} pixels, and the picture "
+                          f"has the shape {size}. Give the picture as it was taken, or its own camera.", "WRONG_SIZE")
 
 # %% ../../nbs/40_register/00_camera.ipynb #3770a878
 @patch
