@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Camera', 'read_cameras']
 
-# %% ../../nbs/40_register/00_camera.ipynb #690ff614
+# %% ../../nbs/40_register/00_camera.ipynb #30a4998d
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..dicom import read_dicom
 from ..geometry import CArm, rotation
 from ..radiograph.header import find_orientation, read_pair
 
-# %% ../../nbs/40_register/00_camera.ipynb #dd4d7d3a
+# %% ../../nbs/40_register/00_camera.ipynb #c80c3cbc
 def refuse_camera(
     what: str,    # is wrong, and what to do: two sentences
     code: str,
@@ -27,7 +27,7 @@ def refuse_camera(
     "Raise the error for a camera that cannot be."
     raise RadRotatorError(f"cannot make a camera: {what}", code)
 
-# %% ../../nbs/40_register/00_camera.ipynb #89de0b9c
+# %% ../../nbs/40_register/00_camera.ipynb #2bbd38b5
 def check_intrinsics(
     K: np.ndarray,  # pixels
 ):
@@ -42,7 +42,7 @@ def check_intrinsics(
         refuse_camera("a focal length in K is negative, so K mirrors the picture, or the camera looks along −z. Use "
                       "Camera.from_signed, or give positive ones and whether the picture is mirrored.", "LEFT_HANDED")
 
-# %% ../../nbs/40_register/00_camera.ipynb #1be5e1b1
+# %% ../../nbs/40_register/00_camera.ipynb #d5243408
 def check_extrinsics(
     matrix: np.ndarray,  # world → camera
 ):
@@ -61,14 +61,14 @@ def check_extrinsics(
         refuse_camera("the isocentre lies behind the source. Give a matrix whose third row points along the beam, or "
                       "use Camera.from_signed where it looks along −z.", "BEHIND")
 
-# %% ../../nbs/40_register/00_camera.ipynb #6c1dafbb
+# %% ../../nbs/40_register/00_camera.ipynb #b22eecb1
 def mirror_columns(
     width: int,    # pixels
 ) -> np.ndarray:   # (3, 3) for pixels (u, v, 1)
     "Count the columns from the other side."
     return np.array([[-1.0, 0, width - 1], [0, 1, 0], [0, 0, 1]])
 
-# %% ../../nbs/40_register/00_camera.ipynb #48b354ae
+# %% ../../nbs/40_register/00_camera.ipynb #950cc878
 @dataclass(frozen=True, eq=False)
 class Camera:
     "A point source and a flat detector, anywhere about the patient."
@@ -100,7 +100,7 @@ class Camera:
         "Give K, mirrored where the picture is."
         return mirror_columns(self.width) @ self.K if self.mirrored else self.K
 
-# %% ../../nbs/40_register/00_camera.ipynb #5026cfe0
+# %% ../../nbs/40_register/00_camera.ipynb #50d9291b
 AP = np.array([[-1.0, 0, 0], [0, 0, -1], [0, -1, 0]])  # rows to the left, columns to the feet, beam to the back
 
 @patch(cls_method=True)
@@ -114,14 +114,14 @@ def from_carm(cls: Camera,
     matrix[2, 3] = carm.sod
     return cls(np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1]]), matrix, carm.size, carm.size, carm.sdd)
 
-# %% ../../nbs/40_register/00_camera.ipynb #4ccba883
+# %% ../../nbs/40_register/00_camera.ipynb #f92fce37
 def to_tensor(
     values,         # numbers, or a tensor
 ) -> torch.Tensor:  # float64, but a tensor stays what it is
     "Make a tensor of numbers."
     return values if torch.is_tensor(values) else torch.from_numpy(np.array(values, np.float64))
 
-# %% ../../nbs/40_register/00_camera.ipynb #78d7efa1
+# %% ../../nbs/40_register/00_camera.ipynb #542ab23a
 @patch
 def matrices(self: Camera,
     poses: torch.Tensor, # (..., 4, 4) of the patient
@@ -131,7 +131,7 @@ def matrices(self: Camera,
     picture, matrix = (to_tensor(values).to(like) for values in (self.picture, self.matrix))
     return picture, matrix @ poses.to(like)
 
-# %% ../../nbs/40_register/00_camera.ipynb #e7933f2e
+# %% ../../nbs/40_register/00_camera.ipynb #13bcc017
 @patch
 def project(self: Camera,
     points,            # (M, 3) patient mm
@@ -145,7 +145,7 @@ def project(self: Camera,
     pixels = seen[..., :2]/torch.where(seen[..., 2:] > 0, seen[..., 2:], torch.nan)
     return pixels if tensors else pixels.numpy()
 
-# %% ../../nbs/40_register/00_camera.ipynb #53a985cf
+# %% ../../nbs/40_register/00_camera.ipynb #53664edb
 @patch
 def lift(self: Camera,
     pixels,            # (..., M, 2) columns and rows
@@ -159,7 +159,7 @@ def lift(self: Camera,
     points = (self.reach*ways - matrix[..., None, :3, 3]) @ matrix[..., :3, :3]
     return points if tensors else points.numpy()
 
-# %% ../../nbs/40_register/00_camera.ipynb #103ab396
+# %% ../../nbs/40_register/00_camera.ipynb #101e2bb6
 @patch
 def rays(self: Camera,
     poses=np.eye(4)[None],  # (N, 4, 4) of the patient
@@ -171,7 +171,7 @@ def rays(self: Camera,
     corner, row, column = self.lift([[0, 0], [0, 1], [1, 0]], poses).unbind(1)
     return sources.numpy(), corner.numpy(), torch.stack([row - corner, column - corner], 1).numpy()
 
-# %% ../../nbs/40_register/00_camera.ipynb #87818676
+# %% ../../nbs/40_register/00_camera.ipynb #b957f080
 @patch(cls_method=True)
 def from_signed(cls: Camera,
     K,            # (3, 3) pixels; the focal lengths may be negative
@@ -191,7 +191,7 @@ def from_signed(cls: Camera,
         K, top = mirror_columns(width) @ K @ flip, flip @ top
     return cls(K, np.vstack([top, matrix[3:]]), height, width, sdd, mirrored)
 
-# %% ../../nbs/40_register/00_camera.ipynb #48a7c6e0
+# %% ../../nbs/40_register/00_camera.ipynb #c55b83a5
 @patch
 def check_picture(self: Camera,
     picture,  # (..., H, W)
@@ -199,11 +199,10 @@ def check_picture(self: Camera,
     "Refuse a picture of another size (WRONG_SIZE)."
     size = tuple(np.shape(picture)[-2:])
     if size == (self.height, self.width): return
-    found = "×".join(map(str, size)) or "no"
-    raise RadRotatorError(f"cannot use this camera: it has {self.height}×{self.width} pixels, and the picture has "
-                          f"{found}. Give the picture as it was taken, or its own camera.", "WRONG_SIZE")
+    raise RadRotatorError(f"cannot use this camera: it is one of {self.height}×{self.width} pixels, and the picture "
+                          f"has the shape {size}. Give the picture as it was taken, or its own camera.", "WRONG_SIZE")
 
-# %% ../../nbs/40_register/00_camera.ipynb #f1f456ee
+# %% ../../nbs/40_register/00_camera.ipynb #3770a878
 @patch
 def with_pixels(self: Camera,
     height: int,  # pixels
@@ -214,7 +213,7 @@ def with_pixels(self: Camera,
     scale = np.array([[x, 0, (x - 1)/2], [0, y, (y - 1)/2], [0, 0, 1]])
     return replace(self, K=scale @ self.K, height=height, width=width)
 
-# %% ../../nbs/40_register/00_camera.ipynb #346f5d1e
+# %% ../../nbs/40_register/00_camera.ipynb #202bbf32
 LETTERS = dict(R=(1, 0, 0), L=(-1, 0, 0), A=(0, 1, 0), P=(0, -1, 0), H=(0, 0, 1), F=(0, 0, -1))
 
 def orient_picture(
@@ -232,7 +231,7 @@ def orient_picture(
                       "plane. Give the picture upright, or K and the matrix.", "ORIENTATION")
     return np.array([across, down, beam]), bool(rows @ across < 0)
 
-# %% ../../nbs/40_register/00_camera.ipynb #c04d33c3
+# %% ../../nbs/40_register/00_camera.ipynb #eb524810
 NEEDED = dict(
     size=("NO_SIZE", "the numbers of rows and columns"),
     pixel=("NO_SPACING", "the pixel spacing at the detector in mm"),
@@ -252,10 +251,11 @@ def read_fact(
     try: numbers = np.array(facts[name], float).ravel()
     except (TypeError, ValueError): numbers = np.empty(0)
     if name == "pixel" and len(numbers) == 1: numbers = numbers.repeat(2)
-    if len(numbers) == count and np.isfinite(numbers).all() and (name == "angles" or min(numbers) > 0): return numbers
+    fits = len(numbers) == count and np.isfinite(numbers).all() and (name == "angles" or (numbers > 0).all())
+    if fits and (name != "size" or (numbers % 1 == 0).all()): return numbers
     refuse_camera(f"{name} must be {NEEDED[name][1]} in {count} number{'s'*(count > 1)}. Give it so.", "BAD_CAMERA")
 
-# %% ../../nbs/40_register/00_camera.ipynb #21d40d33
+# %% ../../nbs/40_register/00_camera.ipynb #cab744e9
 @patch(cls_method=True)
 def from_facts(cls: Camera,
     facts: dict,  # size (rows, columns), pixel (a number, or between rows and columns), sdd, sod, angles, orientation
@@ -275,7 +275,7 @@ def from_facts(cls: Camera,
     K = np.array([[sdd/column, 0, (width - 1)/2], [0, sdd/row, (height - 1)/2], [0, 0, 1]])
     return cls(K, matrix, height, width, float(sdd), mirrored)
 
-# %% ../../nbs/40_register/00_camera.ipynb #0dcfeb7f
+# %% ../../nbs/40_register/00_camera.ipynb #40decdc6
 CAMERA_TAGS = """
 Rows Columns ImagerPixelSpacing DistanceSourceToDetector DistanceSourceToPatient PositionerPrimaryAngle
 PositionerSecondaryAngle PositionerMotion PatientOrientation
@@ -290,7 +290,7 @@ def read_one(
     numbers = read_numbers(ds, name)
     return numbers[0] if numbers and len(numbers) == 1 else None
 
-# %% ../../nbs/40_register/00_camera.ipynb #74b14895
+# %% ../../nbs/40_register/00_camera.ipynb #8e4396ce
 @patch(cls_method=True)
 def from_dicom(cls: Camera,
     path,              # a DICOM file
@@ -314,7 +314,7 @@ def from_dicom(cls: Camera,
     given = dict(sdd=sdd, sod=sod, pixel=pixel, angles=angles, orientation=orientation)
     return cls.from_facts(header | {name: value for name, value in given.items() if value is not None})
 
-# %% ../../nbs/40_register/00_camera.ipynb #5ae8b7ab
+# %% ../../nbs/40_register/00_camera.ipynb #cd684c1b
 WORDS = dict(K=None, matrix=None, size=None, sdd=None, mirrored=(True, False), origin=("centre", "corner"))
 
 
@@ -332,7 +332,7 @@ def check_words(
         if name in entry and entry[name] not in WORDS[name]:
             refuse_camera(f"its {name} is none. Give one of {WORDS[name]}.", "BAD_CAMERA")
 
-# %% ../../nbs/40_register/00_camera.ipynb #7ad280d4
+# %% ../../nbs/40_register/00_camera.ipynb #db77c46e
 def read_entry(
     entry,     # of the list
 ) -> Camera:
@@ -347,7 +347,7 @@ def read_entry(
     sdd = None if entry.get("sdd") is None else float(read_fact(entry, "sdd", 1)[0])
     return Camera(K, matrix, height, width, sdd, entry.get("mirrored", False))
 
-# %% ../../nbs/40_register/00_camera.ipynb #364f6c89
+# %% ../../nbs/40_register/00_camera.ipynb #2ffb0922
 def read_cameras(
     source,              # path of a JSON file, or the list itself
 ) -> list[Camera]:       # one for each picture
