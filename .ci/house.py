@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ("core files angles sweeps geometry tone attributes codestream dicom batch html progress runtime device pretrained resume processes", "ct", "phantom", "drr", "pairs", "model", "train", "radiograph", "rotate", "register",
+WINGS = ("core files angles anatomy sweeps geometry tone attributes codestream dicom batch html progress runtime device pretrained resume processes", "ct", "phantom", "drr", "pairs", "model", "train", "radiograph", "rotate", "register",
          "evaluate", "app cli widget __main__")  # from the ground up; a room imports only its own wing and those before
 INFERENCE = {*WINGS[0].split(), "model", "radiograph", "rotate"}
 PARTICIPLES = re.compile(r"^_?[a-z]+(ed|en|ing|told|said|made|kept|found|begun|left|held|heard)$")

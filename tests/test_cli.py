@@ -241,6 +241,10 @@ REFUSED = {
     "drr body.nii.gz -o out.png --kvp 20": "PHYSICS 20.0 40 150",
     "drr body.nii.gz -o out.png --kvp nan": "PHYSICS nan",
     "drr body.nii.gz -o out.png --kerma 5": "USAGE --kerma --kvp",
+    "drr body.nii.gz -o out.png --labels": "NO_LABELS body.nii.gz NAME_labels.nii.gz",
+    "drr body.nii.gz -o out.dcm --labels": "KIND out.dcm .png",
+    "drr body.nii.gz -o out.png --labels --kvp 80": "USAGE --labels --kvp",
+    "drr body.nii.gz -o out.png --labels --no-mark": "USAGE --labels --mark",
 
     "ingest -o cts": "USAGE SRC",
     "ingest gone -o cts": "NO_FILE gone",
@@ -490,6 +494,21 @@ def test_phantom_drr_rotate(here, capfd):
     inner = (slice(7, -7),)*2  # what comes in from beyond the frame nobody knows
     # about the beam's axis geometry is nearly all
     assert np.mean((view - truth)[inner]**2) < 0.2*np.mean((before - truth)[inner]**2)
+
+
+def test_label_picture_names_what_a_drr_shows(here, capfd):
+    accept(capfd, "phantom", "-o", "q.nii.gz", "--seed", "2", "--spacing", "4")
+    shown = accept_json(capfd, "drr", "q.nii.gz", "-o", "bones.png", "--labels", "--size", "64", "--z", "10")
+    drr = accept_json(capfd, "drr", "q.nii.gz", "-o", "q.png", "--size", "64", "--z", "10")
+    assert {name: shown[name] for name in ("fov", "spacing", "isocentre")} == {name: drr[name] for name in ("fov", "spacing", "isocentre")}
+    picture = Image.open("bones.png")
+    numbers, names = np.array(picture), json.loads(picture.text["Labels"])
+    assert picture.mode == "P" and numbers.shape == (64, 64) and names == shown["structures"]
+    assert {str(n) for n in np.unique(numbers)} - {"0"} <= set(names) and names["4"] == "hip_left"
+    bright = np.array(Image.open("q.png"), float)
+    assert bright[numbers > 0].mean() > 1.2*bright[numbers == 0].mean()  # in register: bone lies where it is bright
+    left, right = ((numbers == n).nonzero()[1].mean() for n in (4, 5))
+    assert right < left                                                  # the patient's right is on the left
 
 
 def test_drr_of_one_ct_has_one_scale(here, capfd):

@@ -5,7 +5,11 @@ import multiprocessing
 import numpy as np
 import pytest
 
+from radrotator.anatomy import POINTS, pelvic_angles
 from radrotator.core import RadRotatorError, error_code, shared_data
+from radrotator.ct.nifti import read_nifti_ct, write_ct
+from radrotator.drr.centre import recentre
+from radrotator.geometry import CArm
 from radrotator.phantom.atlas import BoneAtlas
 from radrotator.phantom.grid import BONES, FEMORA, LABELS
 from radrotator.phantom.phantom import member, phantom
@@ -213,3 +217,34 @@ def test_shares_of_a_population():
         soft_edge, cut_out = (member(i, 0, 8.0, soft=False, segmented=share) for share in (0, 1))
         assert (soft_edge.hu[soft_edge.labels == 0] > -1000).any()
         assert (cut_out.hu[cut_out.labels == 0] == -1000).all()
+
+
+def distance_to(ct, name, point):
+    "mm from a point to the nearest voxel of a structure"
+    voxels = np.argwhere(ct.labels == LABELS[name]) @ ct.affine[:3, :3].T + ct.affine[:3, 3]
+    return np.linalg.norm(voxels - point, axis=1).min()
+
+
+@pytest.mark.parametrize("folder", [None, "pelvis_atlas/pelvis_atlas.npz", "pelvis_femur_26/llp26_pelvis_femur.npz"])
+def test_points_lie_on_the_bones_they_are_named_after(folder):
+    atlas = folder and shared_data(*folder.split("/"))
+    if folder and not atlas: pytest.skip("no bone atlas here")
+    for seed in (1, 2, 3):
+        ct = phantom(seed, 4.0, bones=atlas, soft=False)
+        assert set(ct.points) == set(POINTS)
+        for name, p in ct.points.items():
+            bone = "sacrum" if name == "promontory" else "hip_" + name.split("_")[-1]
+            if name != "symphysis" and "socket" not in name: assert distance_to(ct, bone, p) < 8, (seed, name)
+        for side in ("left", "right"):
+            to_hip = distance_to(ct, f"hip_{side}", ct.points[f"socket_{side}"])
+            assert 14 < to_hip < 34                                # a socket is a hollow of 20 to 30 mm
+        assert abs(distance_to(ct, "hip_left", ct.points["symphysis"]) - distance_to(ct, "hip_right", ct.points["symphysis"])) < 8
+
+
+def test_points_outlive_what_is_done_to_a_ct(tmp_path):
+    ct = phantom(1, 8.0, soft=False)
+    for other in (ct.resample(6.0), recentre(ct, CArm(size=32)), member(0, spacing=8.0)):
+        assert set(other.points) == set(POINTS) and np.isfinite(pelvic_angles(other.points)).all()
+    assert all(other.points is ct.points for other in (ct.resample(6.0), recentre(ct, CArm(size=32))))
+    write_ct(ct, tmp_path/"ct.nii.gz")
+    assert read_nifti_ct(tmp_path/"ct.nii.gz").points is None     # a file holds voxels alone

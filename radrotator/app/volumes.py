@@ -19,7 +19,7 @@ from .checks import VOLUMES, check_bones, check_folder, check_result, count_reas
 from .console import Result, command
 from .options import X, Y, Z, Bones, Centre, Device, Mark, Out, Seed, Workers, check_finite, parse_shard
 from ..core import RadRotatorError
-from ..files import check_output
+from ..files import PICTURES, check_output
 from ..runtime import count_cores
 from ..progress import terminal_bar, terminal_progress
 
@@ -280,9 +280,24 @@ Kvp = Annotated[float | None, typer.Option(
 Kerma = Annotated[float | None, typer.Option(
     show_default=False,
     help="with --kvp: dose, air kerma at the detector without a patient, µGy  [default: 1000]")]
+Labels = Annotated[bool, typer.Option(
+    "--labels", help="write which bone or implant each pixel shows: a PNG with a palette, whose numbers are those of "
+                     "NAME_labels.nii.gz beside the CT; its text chunk Labels holds their names as JSON")]
+
+# %% ../../nbs/50_app/03_volumes.ipynb #c7d1a2b4
+def check_exposure(
+    labels: bool,                # numbers of structures instead of a radiograph
+    kvp, kerma, mark,            # as typed, or None
+):
+    "Refuse options of a radiograph for a label picture, and a dose without a beam."
+    if labels and (kvp is not None or mark is not None):
+        raise typer.BadParameter("--labels writes numbers and no radiograph; leave out --kvp and --mark")
+    if kerma is not None and kvp is None:
+        raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
 
 # %% ../../nbs/50_app/03_volumes.ipynb #2421fabb
-@command("drr", "pelvis.nii.gz -o frontal.png", "pelvis.nii.gz -o oblique.dcm --z 12 --size 512 --kvp 80")
+@command("drr", "pelvis.nii.gz -o frontal.png", "pelvis.nii.gz -o oblique.dcm --z 12 --size 512 --kvp 80",
+         "pelvis.nii.gz -o bones.png --labels")
 def drr_command(
     ct: Volume,                    # a volume
     out: Out,                      # a picture
@@ -293,25 +308,30 @@ def drr_command(
     centre: Centre = "picture",    # to turn about
     mark: Mark = None,             # the corner
     kerma: Kerma = None,           # µGy
+    labels: Labels = False,        # numbers of structures instead
 ) -> Result:
-    "Render a radiograph (DRR) of a CT. The patient is turned by the angles."
-    check_result(out)
-    if kerma is not None and kvp is None:
-        raise typer.BadParameter("--kerma is the dose of a real beam; give its tube voltage, too, with --kvp")
+    "Render a radiograph (DRR) of a CT, or what it shows. The patient is turned by the angles."
+    check_result(out, (".png",) if labels else PICTURES)
+    check_exposure(labels, kvp, kerma, mark)
     pose = check_angles(x, y, z)
     from radrotator import Radiograph, read_ct
+    from radrotator.drr.labels import name_structures, render_label_map, write_label_map
     from radrotator.drr.physics import Physics
     from radrotator.drr.render import render
     from radrotator.geometry import CArm
     from radrotator.radiograph.image import to_unit
     physics = None if kvp is None else Physics(kvp, kerma=Physics.kerma if kerma is None else kerma)
     with terminal_bar("rendering"):
-        volume, carm = fit_about_centre(read_ct(ct), CArm(size=size, fov=fov), ct, centre)
-        image = to_unit(render(volume, pose, carm, oversample=2, physics=physics)[0], ct)
+        volume = read_ct(ct)
+        names = name_structures(volume, ct) if labels else None
+        volume, carm = fit_about_centre(volume, CArm(size=size, fov=fov), ct, centre)
+        if labels: picture = render_label_map(volume, pose, carm, names)
+        else: picture = to_unit(render(volume, pose, carm, oversample=2, physics=physics)[0], ct)
     beam = f", {kvp:g} kV, {physics.kerma:g} µGy at the detector" if physics else ""
     text = f"x = {x:g}°, y = {y:g}°, z = {z:g}°, field of view {carm.fov:.0f} mm at the isocentre{beam}"
-    made = f"DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})"
-    Radiograph(image, (carm.fov/size,)*2).write(out, made, mark)
-    known = dict(input=ct, out=out, x=x, y=y, z=z, size=size, fov=carm.fov, centre=centre,
+    made = f"{'labels of a '*labels}DRR, patient turned by Rz·Ry·Rx: {text} (radrotator {radrotator.__version__})"
+    if labels: write_label_map(picture, out, names, made)
+    else: Radiograph(picture, (carm.fov/size,)*2).write(out, made, mark)
+    known = dict(input=ct, out=out, x=x, y=y, z=z, size=size, fov=carm.fov, centre=centre, structures=names,
                  isocentre=volume.centre.tolist(), spacing=carm.fov/size, kvp=kvp, kerma=physics and physics.kerma)
     return Result(f"wrote {out}: {text}", known)

@@ -23,6 +23,7 @@ class CT:
     labels: np.ndarray | None = None    # (X, Y, Z) uint8, one number per structure
     name: str = "ct"                    # what to call it; never a patient's name
     isocentre: np.ndarray | None = None # (3,) RAS+ mm, about which the patient turns; None: the middle of the volume
+    points: dict | None = None          # anatomical point -> (3,) RAS+ mm, as the affine has it; None: none are known
 
     @property
     def shape(self) -> tuple: return self.hu.shape

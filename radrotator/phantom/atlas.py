@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from ..anatomy import POINTS
 from ..core import RadRotatorError
 from .grid import BONES, FEMORA
+from .landmarks import find_landmarks
 from .pelvis import FemurSurface, Pelvis, mirror_pelvis
 from .shapes import (align_shapes, find_femur_marks, find_sacrum_ends, find_socket, find_struts,
                                        fit_centre, fit_sphere, patient_folds)
@@ -31,7 +33,8 @@ class BoneAtlas:
     mean: np.ndarray        # (B, V, 3) mm
     modes: np.ndarray       # (K, 3BV) orthonormal
     deviations: np.ndarray  # (K,) mm, standard deviation along each mode
-    marks: dict             # left, right (acetabulum), endplate, axis, (bone, strut), (femur, mark) -> vertex indices
+    marks: dict             # left, right (acetabulum), endplate, axis, (bone, strut), (femur, mark) -> vertex indices;
+                            # landmark -> (n, 2) bone and vertex
 
 # %% ../../nbs/11_phantom/06_atlas.ipynb #0469fada
 def find_marks(
@@ -44,6 +47,8 @@ def find_marks(
     marks |= dict(endplate=top, axis=end)
     for bone, v in zip(FEMORA, mean[3:]):
         marks |= {(bone, name): rows for name, rows in find_femur_marks(v, faces[bone]).items()}
+    found = find_landmarks({bone: (v, 0) for bone, v in zip(BONES, mean)})
+    marks |= {name: np.array([(BONES.index(bone), row) for bone, row, _ in ones]) for name, ones in found.items()}
     return marks | find_struts(mean)
 
 # %% ../../nbs/11_phantom/06_atlas.ipynb #54dde29f
@@ -80,7 +85,9 @@ def to_pelvis(
     plate = np.stack([front.mean(0), back.mean(0)])
     struts = {k: vertices[BONES.index(k[0])][rows] for k, rows in self.marks.items() if k[0] in BONES}
     end_size = max(np.ptp(end[:, 0])/2 - 8, 25.0), 10.0
-    pelvis = Pelvis(parts, sockets, plate, np.stack([plate.mean(0), end.mean(0)]), end_size, struts)
+    points = {k: vertices[tuple(self.marks[k].T)].mean(0) for k in POINTS if k in self.marks}
+    axis = np.stack([plate.mean(0), end.mean(0)])
+    pelvis = Pelvis(parts, sockets, plate, axis, end_size, struts, points=points)
     return self.join_femora(pelvis, vertices) if len(vertices) == 5 else pelvis
 
 # %% ../../nbs/11_phantom/06_atlas.ipynb #618f59a1

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ..anatomy import other_side
+
 # %% ../../nbs/11_phantom/02_pelvis.ipynb #6941508a
 @dataclass(frozen=True)
 class Pelvis:
@@ -21,11 +23,17 @@ class Pelvis:
     end_size: tuple = (30.0, 10.0)    # mm: half width and half thickness at that end
     struts: dict = field(default_factory=dict)  # (bone, strut) -> (N, 3) mm: lines along which the bone is thick
     femora: dict = field(default_factory=dict)  # left, right -> FemurSurface, where there are real ones
+    points: dict = field(default_factory=dict)  # landmark -> (3,) mm, of the bones as long as they are whole
 
     @property
     def centre(self):
         "The point between the hip centres, (3,) mm."
         return (self.sockets["left"][0] + self.sockets["right"][0])/2
+
+    @property
+    def fiducials(self):
+        "The landmarks and the centres of the sockets: name -> (3,) mm."
+        return self.points | {"socket_" + side: centre for side, (centre, _) in self.sockets.items()}
 
     @property
     def bounds(self):
@@ -41,7 +49,9 @@ class Pelvis:
         femora = {k: v.map(move) for k, v in self.femora.items()}
         axis = None if self.axis is None else move(self.axis)
         endplate = move(self.endplate)
-        return replace(self, parts=parts, sockets=sockets, endplate=endplate, axis=axis, struts=struts, femora=femora)
+        points = {k: move(p) for k, p in self.points.items()}
+        return replace(self, parts=parts, sockets=sockets, endplate=endplate, axis=axis, struts=struts, femora=femora,
+                       points=points)
 
 # %% ../../nbs/11_phantom/02_pelvis.ipynb #79665908
 @dataclass(frozen=True)
@@ -65,7 +75,8 @@ def mirror_pelvis(
     return replace(m, parts={other[k]: v for k, v in m.parts.items()},
                    sockets={other[k]: v for k, v in m.sockets.items()},
                    struts={(other[bone], name): line for (bone, name), line in m.struts.items()},
-                   femora={other[k]: v for k, v in m.femora.items()})
+                   femora={other[k]: v for k, v in m.femora.items()},
+                   points={other_side(k): p for k, p in m.points.items()})
 
 # %% ../../nbs/11_phantom/02_pelvis.ipynb #e9f2676e
 def axis_rotation(

@@ -96,7 +96,7 @@ def phantom(
     lost=False,      # with bones missing
     segmented=False, # bone alone as a threshold cuts it out of a CT; for phantoms without soft tissue
     variety=1.0,     # of new shapes, see `make_skeleton`
-) -> CT:             # with labels, about the isocentre
+) -> CT:             # with labels, about the isocentre, and with the points of `anatomy.POINTS` on the unbroken pelvis
     "Make a synthetic pelvic CT, the same for the same arguments."
     atlas = check_arguments(bones, patient, spacing, implant)
     def stream(name): return rng(seed, "phantom", name)
@@ -116,7 +116,8 @@ def phantom(
     paint_bones(scene, skeleton, fields, stream("density"))
     if soft or segmented: scene.hu += stream("noise").standard_normal(grid.shape, dtype=np.float32)*np.float32(noise)
     if segmented and not soft: cut_out_bone(scene, fields, stream("segmented"))
-    return CT(np.clip(scene.hu, -1000, METAL, out=scene.hu), grid.affine, scene.labels, f"phantom-{seed}")
+    np.clip(scene.hu, -1000, METAL, out=scene.hu)
+    return CT(scene.hu, grid.affine, scene.labels, f"phantom-{seed}", points=skeleton.pelvis.fiducials)
 
 # %% ../../nbs/11_phantom/17_phantom.ipynb #1b685fcf
 def member(

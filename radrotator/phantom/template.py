@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.interpolate import CubicSpline
 
+from .landmarks import find_landmarks, place_landmarks
 from .pelvis import Pelvis
 from .solids import Part, capsule_chain, plate, tube
 
@@ -226,6 +227,15 @@ def sacral_arches(
             hollow.append(capsule_chain(move([p + [side*2, 14, -8], p + [0, -16, 9]]), [1.1*r, 0.8*r], 1.5))
     return solid + [replace(h, carve=True) for h in hollow]
 
+# %% ../../nbs/11_phantom/03_template.ipynb #a1c0b5e7
+def gather_balls(
+    parts,    # list of Part
+) -> tuple:   # (N, 3) mm and (N,) mm: corners and the balls around them, 0 on a closed skin
+    "Take the corners of all that is bone, for landmarks to be found on."
+    solid = [p for p in parts if not p.carve]
+    radii = [np.zeros(p.triangles.shape[:2]) if p.radii is None else p.radii for p in solid]
+    return np.concatenate([p.triangles.reshape(-1, 3) for p in solid]), np.concatenate([r.ravel() for r in radii])
+
 # %% ../../nbs/11_phantom/03_template.ipynb #fdfcdaf7
 def template_pelvis(
     g: np.random.Generator | None = None,  # None: the template itself
@@ -242,4 +252,6 @@ def template_pelvis(
     joint = [replace(segments, radii=segments.radii + 2.0, carve=True)]  # 2 mm of cartilage between sacrum and ilium
     parts = dict(hip_left=left + joint, hip_right=right + joint, sacrum=[segments, body, *sacral_arches(move)])
     sockets = dict(left=(centre*[-1, 1, 1], size.socket), right=(centre, size.socket))
-    return Pelvis(parts, sockets, endplate, struts=hip_struts(move))
+    bones = {bone: gather_balls(solid) for bone, solid in parts.items()}
+    points = place_landmarks(bones, find_landmarks(bones))
+    return Pelvis(parts, sockets, endplate, struts=hip_struts(move), points=points)
