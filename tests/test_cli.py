@@ -626,7 +626,8 @@ FEW = "--set angles=0,12 --set compound=0 --set style=0 --set frames=0 --set see
 ODDLY = "--min-slices 2 --max-thickness 10 --spacing 8 --no-coverage --workers 1"
 LINES = {
     "phantom": "phantom -o json/p.nii.gz --spacing 8",
-    "drr": "drr body.nii.gz -o json/d.png --size 32 --kvp 80",
+    "drr": "drr json/p.nii.gz -o json/d.png --size 64 --kvp 80",
+    "register": "register json/p.nii.gz json/d.png --fov 320 -o json/pose.json",
     "rotate": f"rotate hip.dcm -o json/r.dcm --z 3 {LIFT} --crop",
     "sweep": f"sweep hip.png -o json/s --frames 2 {LIFT}",
     "ingest": f"ingest json/a.nii.gz json/b.nii.gz -o json/cts {ODDLY}",

@@ -160,6 +160,9 @@ def register_batch(
     return poses, offsets, score, matrix
 
 # %% ../../nbs/40_register/03_register.ipynb #6992661c
+FEWEST = 4  # numbers that a residue holds, however smooth: as smooth as that is the tone, which the score forgives
+
+
 def count_independent(
     residue: np.ndarray,  # (N, size, size)
 ) -> np.ndarray:          # (N,)
@@ -168,7 +171,8 @@ def count_independent(
     power = (apart**2).mean((1, 2)).clip(1e-12)
     beside = (apart[:, 1:]*apart[:, :-1]).mean((1, 2)), (apart[:, :, 1:]*apart[:, :, :-1]).mean((1, 2))
     across, along = (np.clip(product/power, 0, 0.99) for product in beside)
-    return residue[0].size*(1 - across)/(1 + across)*(1 - along)/(1 + along)
+    count = residue[0].size*(1 - across)/(1 + across)*(1 - along)/(1 + along)
+    return count.clip(FEWEST)
 
 # %% ../../nbs/40_register/03_register.ipynb #5add1d03
 @patch
