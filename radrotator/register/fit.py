@@ -127,7 +127,7 @@ def estimate_errors(
     return np.sqrt(np.diag(np.linalg.pinv(information)).clip(0))
 
 # %% ../../nbs/40_register/04_fit.ipynb #3e04b03a
-SURE = 3.0, 15.0  # degrees, and mm in the plane: a fit that is less sure is not judged
+SURE = 6.0, 20.0  # degrees, and mm in the plane: a fit that is less sure is not judged
 
 
 def find_doubt(
