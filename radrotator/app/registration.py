@@ -84,8 +84,8 @@ def register_command(
     start: Start = "0,0,0",         # degrees
     invert: Invert = False, frame: Frame = None,  # how to read the radiographs
 ) -> Result:
-    """Find where a patient with a CT lay when radiographs were taken: three angles and three shifts, with standard
-    errors. Beside OUT go the radiographs with the lines of the CT over them: look at them."""
+    """Find how a patient lay in radiographs, by their CT. Three angles and three shifts, with standard errors.
+    Beside OUT go the radiographs with the lines of the CT over them: look at them."""
     check_result(out, (".json",))
     pictures = [check_output(out.with_name(f"{out.stem}_{number}.png")) for number in range(1, len(radiographs) + 1)]
     angles = parse_start(start)

@@ -101,6 +101,7 @@ class Camera:
         return mirror_columns(self.width) @ self.K if self.mirrored else self.K
 
 # %% ../../nbs/40_register/00_camera.ipynb #50d9291b
+AT_REST = tuple(map(tuple, np.eye(4).tolist()))  # the pose of a patient who has not moved
 AP = np.array([[-1.0, 0, 0], [0, 0, -1], [0, -1, 0]])  # rows to the left, columns to the feet, beam to the back
 
 @patch(cls_method=True)
@@ -135,7 +136,7 @@ def matrices(self: Camera,
 @patch
 def project(self: Camera,
     points,            # (M, 3) patient mm
-    poses=np.eye(4),   # (..., 4, 4) of the patient
+    poses=AT_REST,     # (..., 4, 4) of the patient
 ):                     # (..., M, 2) columns and rows, NaN behind the source; a tensor if one came in, else an array
     "Project points into the picture."
     tensors = torch.is_tensor(points) or torch.is_tensor(poses)
@@ -149,7 +150,7 @@ def project(self: Camera,
 @patch
 def lift(self: Camera,
     pixels,            # (..., M, 2) columns and rows
-    poses=np.eye(4),   # (..., 4, 4) of the patient
+    poses=AT_REST,     # (..., 4, 4) of the patient
 ):                     # (..., M, 3) patient mm; a tensor if one came in, else an array
     "Find the points of the detector at which pixels lie, as the patient sees them."
     tensors = torch.is_tensor(pixels) or torch.is_tensor(poses)
@@ -162,7 +163,7 @@ def lift(self: Camera,
 # %% ../../nbs/40_register/00_camera.ipynb #101e2bb6
 @patch
 def rays(self: Camera,
-    poses=np.eye(4)[None],  # (N, 4, 4) of the patient
+    poses=(AT_REST,),       # (N, 4, 4) of the patient
 ):                          # patient mm: (N, 3) sources; (N, 3) first pixels; (N, 2, 3) steps to next row and column
     "Give source and detector as the patient sees them; arrays."
     poses = to_tensor(poses).detach().double().cpu()

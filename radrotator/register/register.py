@@ -60,9 +60,10 @@ class Registrar:
         ct: CT,              # of the patient in the pictures
         carm: CArm,          # geometry of the pictures; their size may be another
         spacing: float = 4.0,# mm, to which the CT is resampled
-        turn=np.eye(3),      # (3, 3) about which the grid lies: that of the patient at rest in these pictures
+        turn=None,           # (3, 3) of the patient at rest in these pictures, about which the grid lies; None: none
     ):
         self.carm = carm
+        turn = np.eye(3) if turn is None else turn
         self.drr = MovingDRR(ct.resample(spacing))
         angles = np.arange(-self.REACH, self.REACH + 1, self.APART)
         grid = np.array([*product(angles, angles, angles, self.DEPTHS)], float)
