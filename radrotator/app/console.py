@@ -27,7 +27,7 @@ COMMAND_GROUPS = {
 }
 OPTION_HELP = {
     "--install-completion": "let the Tab key of this shell complete commands",
-    "--show-completion": "print the script that does so",
+    "--show-completion": None,  # for those who install it by hand, and know of it
     "-h, --help": "show this; COMMAND --help explains a command",
 }  # Typer's own texts take a screen
 
@@ -56,8 +56,9 @@ class CommandGroup(TyperGroup):
             for name in ("rotate", "sweep"):
                 if name in self.commands: formatter.write(f"  {list_examples(self.commands[name])[0]}\n")
         with formatter.section("Options"):
-            records = [option.get_help_record(context) for option in self.get_params(context)]
-            formatter.write_dl([(names, OPTION_HELP.get(names, text)) for names, text in filter(None, records)])
+            records = filter(None, (option.get_help_record(context) for option in self.get_params(context)))
+            told = [(names, OPTION_HELP.get(names, text)) for names, text in records]
+            formatter.write_dl([(names, text) for names, text in told if text])
 
 # %% ../../nbs/50_app/00_console.ipynb #e422e9a4
 app = typer.Typer(

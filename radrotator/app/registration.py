@@ -28,8 +28,8 @@ Taken = Annotated[list[Path], typer.Argument(
     metavar="RADIOGRAPH...", show_default=False, help="of the same patient: DICOM, PNG, TIFF or JPEG, one or more")]
 Cameras = Annotated[Path | None, typer.Option(
     "--camera", show_default=False,
-    help="JSON list with a camera for each radiograph: K, matrix and size, or size, pixel, sdd, sod, angles and "
-         "orientation  [default: what a DICOM header says]")]
+    help="JSON list with a camera for each radiograph as it is read, upright: K, matrix and size, or size, pixel, "
+         "sdd, sod, angles and orientation  [default: what a DICOM header says]")]
 Wide = Annotated[float | None, typer.Option(
     "--fov", min=20, max=1000, callback=check_finite, show_default=False,
     help="without a camera: mm across the picture at the isocentre; taken from the front, the beam through its middle")]
@@ -54,24 +54,25 @@ def parse_start(
 # %% ../../nbs/50_app/04_registration.ipynb #81abfce4
 def find_camera(
     path: Path,          # of a radiograph
-    shape: tuple,        # (H, W) of it
+    radiograph,          # `Radiograph`: as it was read
     fov: float | None,   # mm, as typed
     sod: float | None,   # mm, as typed
     sdd: float | None,   # mm, as typed
 ):                       # `Camera`
     "Find the camera of a radiograph where no list of cameras was given."
-    from radrotator.geometry import CArm
     from radrotator.dicom import is_dicom
+    from radrotator.geometry import CArm
     from radrotator.register.camera import Camera
     if fov is None:
         if is_dicom(path): return Camera.from_dicom(path, sdd=sdd, sod=sod)
         raise RadRotatorError(f"cannot register {path.name}: it does not say where its source and detector stood. "
                               "Give --camera, or --fov for a picture taken from the front.", "NO_CAMERA")
-    height, width = shape
-    camera = Camera.from_carm(CArm(sod=sod or CArm().sod, sdd=sdd or 1.2*(sod or CArm().sod), size=width, fov=fov))
-    middle = camera.K.copy()
-    middle[1, 2] = (height - 1)/2
-    return replace(camera, K=middle, height=height)
+    height, width = radiograph.shape
+    sod = sod or CArm().sod
+    camera = Camera.from_carm(CArm(sod=sod, sdd=sdd or 1.2*sod, size=width, fov=fov))
+    K = camera.K.copy()
+    K[1, 1:] = K[0, 0]/radiograph.pixel_aspect, (height - 1)/2
+    return replace(camera, K=K, height=height)
 
 # %% ../../nbs/50_app/04_registration.ipynb #521f5cea
 @command("register", "pelvis.nii.gz hip.dcm -o pose.json", "ct.nii.gz ap.png side.png --camera two.json -o pose.json")
@@ -86,6 +87,8 @@ def register_command(
 ) -> Result:
     """Find how a patient lay in radiographs, by their CT. Three angles and three shifts, with standard errors.
     Beside OUT go the radiographs with the lines of the CT over them: look at them."""
+    if camera and (fov or sod or sdd):
+        raise typer.BadParameter("--camera says where source and detector stood; leave out --fov, --sod and --sdd")
     check_result(out, (".json",))
     pictures = [check_output(out.with_name(f"{out.stem}_{number}.png")) for number in range(1, len(radiographs) + 1)]
     angles = parse_start(start)
@@ -93,14 +96,15 @@ def register_command(
     from radrotator import read_ct, read_radiograph
     from radrotator.register.camera import read_cameras
     from radrotator.register.fit import draw_overlay, register
-    taken = [read_radiograph(path, invert, frame).pixels for path in radiographs]
+    read = [read_radiograph(path, invert, frame) for path in radiographs]
     cameras = (read_cameras(camera) if camera else
-               [find_camera(path, pixels.shape, fov, sod, sdd) for path, pixels in zip(radiographs, taken)])
+               [find_camera(path, one, fov, sod, sdd) for path, one in zip(radiographs, read)])
+    taken = [one.pixels for one in read]
     with terminal_bar("registering"):
         volume = read_ct(ct)
         fit = register(volume, taken, cameras, angles)
         if not fit.judged:
-            raise RadRotatorError(f"cannot say where the patient lay: {fit.why}. Nothing was written.", "NOT_JUDGED")
+            raise RadRotatorError(f"cannot say where the patient lay: {fit.why}.", "NOT_JUDGED")
         overlays = [draw_overlay(volume, *view, fit) for view in zip(taken, cameras)]
     known = dict(input=ct, radiographs=radiographs, out=out, pictures=pictures) | fit.to_json()
     for path, overlay in zip(pictures, overlays):

@@ -16,7 +16,7 @@ from ..files import check_input
 from ..attributes import describe_foreign, file_error
 from ..dicom import is_dicom
 from .display import warn_about
-from .header import DicomImage, Spacing, read_image
+from .header import DicomImage, Spacing, find_upright, read_image
 from .image import Radiograph, to_unit
 from .picture import read_picture
 
@@ -26,13 +26,11 @@ def turn_upright(
 ) -> tuple:            # ((H, W) values, its `Spacing`, a note for the caption)
     "Mirror or tip a picture so that it stands: the head up and the patient's right on the left."
     values, spacing = image.values, image.spacing
-    across, down = (image.orientation + "  ")[:2]
-    if (across, down) in (("L", "F"), ("A", "F"), ("P", "F")): return values, spacing, ""
-    lies = across in "FH" and down in "LRAP"
-    if not lies and not (across in "LRAP" and down in "FH"): return values, spacing, ""  # unknown
+    upright, lies = find_upright(image.orientation)
+    if upright == image.orientation: return values, spacing, ""  # so it stands, or nobody knows
+    across, down = image.orientation[::-1] if lies else image.orientation
     if lies:
-        values, across, down = values.T, down, across
-        mm, aspect = spacing.mm, spacing.aspect
+        values, mm, aspect = values.T, spacing.mm, spacing.aspect
         spacing = replace(spacing, mm=mm and mm[::-1], aspect=aspect and 1/aspect)
     if across == "R": values = values[:, ::-1]
     if down == "H": values = values[::-1]

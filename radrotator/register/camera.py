@@ -17,7 +17,7 @@ from ..attributes import read_code, read_integer, read_numbers
 from ..core import RadRotatorError
 from ..dicom import read_dicom
 from ..geometry import CArm, rotation
-from ..radiograph.header import find_orientation, read_pair
+from ..radiograph.header import find_orientation, find_upright, read_pair
 
 # %% ../../nbs/40_register/00_camera.ipynb #c80c3cbc
 def refuse_camera(
@@ -203,17 +203,6 @@ def check_picture(self: Camera,
     raise RadRotatorError(f"cannot use this camera: it is one of {self.height}×{self.width} pixels, and the picture "
                           f"has the shape {size}. Give the picture as it was taken, or its own camera.", "WRONG_SIZE")
 
-# %% ../../nbs/40_register/00_camera.ipynb #3770a878
-@patch
-def with_pixels(self: Camera,
-    height: int,  # pixels
-    width: int,   # pixels
-) -> Camera:      # of the same source and detector
-    "Divide the detector into other pixels."
-    y, x = height/self.height, width/self.width
-    scale = np.array([[x, 0, (x - 1)/2], [0, y, (y - 1)/2], [0, 0, 1]])
-    return replace(self, K=scale @ self.K, height=height, width=width)
-
 # %% ../../nbs/40_register/00_camera.ipynb #202bbf32
 LETTERS = dict(R=(1, 0, 0), L=(-1, 0, 0), A=(0, 1, 0), P=(0, -1, 0), H=(0, 0, 1), F=(0, 0, -1))
 
@@ -277,10 +266,8 @@ def from_facts(cls: Camera,
     return cls(K, matrix, height, width, float(sdd), mirrored)
 
 # %% ../../nbs/40_register/00_camera.ipynb #40decdc6
-CAMERA_TAGS = """
-Rows Columns ImagerPixelSpacing DistanceSourceToDetector DistanceSourceToPatient PositionerPrimaryAngle
-PositionerSecondaryAngle PositionerMotion PatientOrientation
-""".split()
+CAMERA_TAGS = """Rows Columns ImagerPixelSpacing DistanceSourceToDetector DistanceSourceToPatient PatientOrientation
+PositionerPrimaryAngle PositionerSecondaryAngle PositionerMotion""".split()
 
 
 def read_one(
@@ -291,6 +278,16 @@ def read_one(
     numbers = read_numbers(ds, name)
     return numbers[0] if numbers and len(numbers) == 1 else None
 
+# %% ../../nbs/40_register/00_camera.ipynb #3dc7ff16
+def turn_facts(
+    facts: dict,  # as for `Camera.from_facts`, of a picture as it is stored
+) -> dict:        # of the same picture, turned upright
+    "Follow a picture that is turned upright."
+    way, lies = find_upright(facts["orientation"] or "")
+    size, pixel = facts["size"], facts["pixel"]
+    if not lies: return facts | dict(orientation=way or None)
+    return facts | dict(orientation=way, size=size[::-1], pixel=pixel and np.broadcast_to(pixel, 2)[::-1])
+
 # %% ../../nbs/40_register/00_camera.ipynb #8e4396ce
 @patch(cls_method=True)
 def from_dicom(cls: Camera,
@@ -300,6 +297,7 @@ def from_dicom(cls: Camera,
     pixel=None,        # mm at the detector: a number, or between rows and between columns
     angles=None,       # degrees: primary and secondary positioner angle
     orientation=None,  # where rows and columns run, such as "LF"
+    upright=True,      # of the picture as `read_radiograph` turns it; otherwise of the one that is stored
 ) -> Camera:
     "Read the camera of a radiograph (NO_SPACING, NO_DISTANCE, NO_ANGLES, NO_ORIENTATION, MOVING)."
     ds = read_dicom(path, tags=CAMERA_TAGS)
@@ -313,7 +311,8 @@ def from_dicom(cls: Camera,
                   angles=None if None in both else both,
                   orientation=find_orientation(ds) or None)
     given = dict(sdd=sdd, sod=sod, pixel=pixel, angles=angles, orientation=orientation)
-    return cls.from_facts(header | {name: value for name, value in given.items() if value is not None})
+    facts = header | {name: value for name, value in given.items() if value is not None}
+    return cls.from_facts(turn_facts(facts) if upright else facts)
 
 # %% ../../nbs/40_register/00_camera.ipynb #cd684c1b
 WORDS = dict(K=None, matrix=None, size=None, sdd=None, mirrored=(True, False), origin=("centre", "corner"))

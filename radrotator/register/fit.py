@@ -18,7 +18,8 @@ from ..geometry import CONVENTION, rotation
 from .camera import Camera
 from .derivative import MovingDRR
 from .pose import to_angles, to_offsets
-from .register import JUDGED, TRIES, Registrar, climb_to_summit, count_independent
+from .register import JUDGED, TRIES, Registrar
+from .register import climb_to_summit, measure_information, to_standard_errors
 from .shot import Shot, make_shot
 from .similarity import similarity
 
@@ -92,14 +93,12 @@ class Fit:
 
 # %% ../../nbs/40_register/04_fit.ipynb #aa4328ff
 def find_candidates(
-    ct: CT,             # of the patient
+    registrars: list,   # of `Registrar`, about the patient's start in each shot's room
     shots: list[Shot],  # of any size
-    start,              # (3,) degrees about which the grid lies
 ):                      # (N, 3) degrees in the world, and (N, 3) RAS mm
     "Let every shot by itself say where to begin."
     poses, shifts = [], []
-    for shot in shots:
-        registrar = Registrar(ct, shot.carm, turn=shot.turn @ rotation(start))
+    for registrar, shot in zip(registrars, shots):
         small = shot.with_size(registrar.SIZES[0])
         found, moved = registrar.find_starts(small.picture, small.known)
         poses.append(to_angles(shot.turn.T @ rotation(found)))
@@ -116,35 +115,32 @@ def estimate_errors(
     found: list[tuple],   # of `compare_shots` there
 ) -> np.ndarray:          # (6,) degrees and mm
     "Add up what all shots know."
-    information = np.zeros((6, 6))
+    information = np.zeros((1, 6, 6))
     for shot, (score, _, matrix) in zip(shots, found):
         poses, offsets = place_patient(shot, pose, offset)
-        both = np.concatenate([shot.picture[None], drr.render(poses, shot.carm, offsets)])
-        standard = (both - both.mean((1, 2), keepdims=True))/both.std((1, 2), keepdims=True).clip(1e-6)
-        s = np.clip(score[0], 0.01, 0.9999)
-        independent = count_independent(standard[:1] - standard[1:])[0]*shot.known.mean()
-        information += independent*s**2/(1 - s**2)*matrix[0]
-    return np.sqrt(np.diag(np.linalg.pinv(information)).clip(0))
+        drrs = drr.render(poses, shot.carm, offsets)
+        information += measure_information(shot.picture[None], drrs, shot.known[None], score)[:, None, None]*matrix
+    return to_standard_errors(information)[0]
 
 # %% ../../nbs/40_register/04_fit.ipynb #3e04b03a
-SURE = 6.0, 20.0  # degrees, and mm in the plane: a fit that is less sure is not judged
+SURE = 3.0, 15.0  # degrees, and mm in the plane: a fit that is less sure is not judged
 
 
 def find_doubt(
     pose: np.ndarray,    # (3,) degrees, found
-    start: np.ndarray,   # (3,) degrees, about which it was searched
+    start,               # (3,) degrees, about which it was searched
     sigma: np.ndarray,   # (6,)
     scores: list[float], # of the shots
 ) -> str:                # empty where there is none
     "Say why an answer is not to be believed."
     low = int(np.argmin(scores))
     if scores[low] < JUDGED:
-        return (f"radiograph {low + 1} fits the CT nowhere well (similarity {scores[low]:.2f}, needed {JUDGED:g}); it "
-                "may be another patient's, a negative, or taken by another camera than was said")
+        return (f"radiograph {low + 1} fits the CT nowhere well (similarity {scores[low]:.2f}, needed {JUDGED:g}). "
+                "Give the patient's own CT, the camera that took it, and for a negative --invert")
     if np.abs(pose - start).max() > Registrar.REACH + 5:
-        return f"the best fit lies more than {Registrar.REACH:g}° from where it was searched; give a start"
+        return f"the best fit lies more than {Registrar.REACH:g}° from where it was searched. Give a --start"
     if sigma[:3].max() > SURE[0] or sigma[[3, 5]].max() > SURE[1]:
-        return f"the pose is not sure (a standard error of {sigma[:3].max():.1f}°); give another view"
+        return f"the pose is not sure (a standard error of {sigma[:3].max():.1f}°). Give another view as well"
     return ""
 
 # %% ../../nbs/40_register/04_fit.ipynb #eedb9672
@@ -185,9 +181,9 @@ def register(
     radiographs = [np.asarray(pixels, np.float32) for pixels in radiographs]
     check_views(ct, radiographs, cameras)
     shots = [make_shot(pixels, camera) for pixels, camera in zip(radiographs, cameras)]
-    small = ct.resample(spacing)
-    drr = MovingDRR(small)
-    poses, offsets = find_candidates(small, shots, np.asarray(start, float))
+    registrars = [Registrar(ct, shot.carm, spacing, shot.turn @ rotation(start)) for shot in shots]
+    drr = registrars[0].drr
+    poses, offsets = find_candidates(registrars, shots)
     for size, tries in zip(Registrar.SIZES, TRIES):
         level = [shot.with_size(size) for shot in shots]
         def fit(poses, offsets):
@@ -198,7 +194,7 @@ def register(
         poses, offsets = poses[best], offsets[best]
     found = compare_shots(drr, level, poses, offsets)
     sigma, scores = estimate_errors(drr, level, poses, offsets, found), [float(score[0]) for score, *_ in found]
-    why = find_doubt(poses[0], np.asarray(start, float), sigma, scores)
+    why = find_doubt(poses[0], start, sigma, scores)
     return Fit(poses[0], -rotation(poses[0]) @ offsets[0], sigma, tuple(scores), why)
 
 # %% ../../nbs/40_register/04_fit.ipynb #9489b90a

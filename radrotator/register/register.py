@@ -19,7 +19,7 @@ from ..geometry import CArm, rotation
 from ..radiograph.image import resize
 from .derivative import MovingDRR
 from .pose import to_angles, to_offsets, turn_further
-from .similarity import flatten_contrast, shrink_known, similarity
+from .similarity import WINDOW, flatten_contrast, shrink_known, similarity
 
 # %% ../../nbs/40_register/03_register.ipynb #2485796e
 @dataclass(frozen=True)
@@ -141,13 +141,48 @@ def climb(
     def fit(poses, offsets): return similarity(pictures, self.drr(poses, carm, offsets), known)
     return climb_to_summit(fit, poses, np.zeros_like(poses) if offsets is None else offsets, tries)
 
+# %% ../../nbs/40_register/03_register.ipynb #6992661c
+def standardise(
+    images: np.ndarray, # (N, size, size)
+    known: np.ndarray,  # (N, size, size) 1 where they show something
+) -> np.ndarray:        # (N, size, size), 0 where nothing is known
+    "Bring what is known of each picture to mean 0 and deviation 1."
+    def mean(x): return (x*known).sum((1, 2), keepdims=True)/known.sum((1, 2), keepdims=True).clip(1)
+    apart = (images - mean(images))*known
+    return apart/np.sqrt(mean(apart**2)).clip(1e-6)
+
+
+def measure_information(
+    pictures: np.ndarray, # (N, size, size)
+    drrs: np.ndarray,     # (N, size, size) at the poses found
+    known: np.ndarray,    # (N, size, size) 1 where the pictures show something
+    score: np.ndarray,    # (N,) of the fit there
+) -> np.ndarray:          # (N,) by which the Gauss–Newton matrix becomes the inverse of a covariance
+    "Measure how much pictures say of their poses, by what the DRRs do not explain."
+    residue = standardise(pictures, known) - standardise(drrs, known)
+    power = (residue**2).sum((1, 2)).clip(1e-12)
+    beside = (residue[:, 1:]*residue[:, :-1]).sum((1, 2)), (residue[:, :, 1:]*residue[:, :, :-1]).sum((1, 2))
+    across, along = (np.clip(product/power, 0, 0.99) for product in beside)
+    pixels = known.sum((1, 2))
+    independent = pixels*(1 - across)/(1 + across)*(1 - along)/(1 + along)
+    windows = pixels/(WINDOW*known.shape[-1])**2
+    s = score.clip(0.01, 0.9999)
+    return np.maximum(independent, windows)*s**2/(1 - s**2)
+
+# %% ../../nbs/40_register/03_register.ipynb #1cd5757e
+def to_standard_errors(
+    information: np.ndarray, # (N, 6, 6) inverse covariances
+) -> np.ndarray:             # (N, 6) degrees and mm
+    "Turn what is known of poses into how sure they are."
+    return np.sqrt(np.einsum("nkk->nk", np.linalg.pinv(information)).clip(0))
+
 # %% ../../nbs/40_register/03_register.ipynb #20481144
 @patch
 def register_batch(
     self: Registrar,
     pictures: np.ndarray, # (N, size, size)
     known: np.ndarray,    # (N, size, size)
-):                        # poses and offsets (N, 3), score (N,), matrix (N, 6, 6)
+):                        # poses and offsets (N, 3), score (N,), standard errors (N, 6)
     "Register a batch: from the best places of the grid to the summit."
     levels = [(resize(pictures, (len(pictures), size, size)), shrink_known(known, size)) for size in self.SIZES]
     first = [self.find_starts(*one) for one in zip(*levels[0])]
@@ -158,44 +193,9 @@ def register_batch(
     poses, offsets = poses[best], offsets[best]
     for level, tries in zip(levels[1:], TRIES[1:]):
         poses, offsets, score, matrix = self.climb(level[0], poses, offsets, level[1], tries)
-    return poses, offsets, score, matrix
-
-# %% ../../nbs/40_register/03_register.ipynb #6992661c
-FEWEST = 4  # numbers that a residue holds, however smooth: as smooth as that is the tone, which the score forgives
-
-
-def count_independent(
-    residue: np.ndarray,  # (N, size, size)
-) -> np.ndarray:          # (N,)
-    "Count the pixels that neighbours leave independent."
-    apart = residue - residue.mean((1, 2), keepdims=True)
-    power = (apart**2).mean((1, 2)).clip(1e-12)
-    beside = (apart[:, 1:]*apart[:, :-1]).mean((1, 2)), (apart[:, :, 1:]*apart[:, :, :-1]).mean((1, 2))
-    across, along = (np.clip(product/power, 0, 0.99) for product in beside)
-    count = residue[0].size*(1 - across)/(1 + across)*(1 - along)/(1 + along)
-    return count.clip(FEWEST)
-
-# %% ../../nbs/40_register/03_register.ipynb #5add1d03
-@patch
-def standard_errors(
-    self: Registrar,
-    pictures: np.ndarray, # (N, size, size)
-    poses: np.ndarray,    # (N, 3) degrees
-    offsets: np.ndarray,  # (N, 3) RAS mm
-    score: np.ndarray,    # (N,) of the fit there
-    matrix: np.ndarray,   # (N, 6, 6) the same
-) -> np.ndarray:          # (N, 6) degrees and mm
-    "Estimate how sure poses are, by what the DRR does not explain."
-    size = self.SIZES[-1]
-    drrs = self.drr.render(poses, replace(self.carm, size=size), offsets)
-    def standardise(images):
-        apart = images - images.mean((1, 2), keepdims=True)
-        return apart/np.sqrt((apart**2).mean((1, 2), keepdims=True)).clip(1e-6)
-    residue = standardise(resize(pictures, (len(pictures), size, size))) - standardise(drrs)
-    s = score.clip(0.01, 0.9999)
-    information = count_independent(residue)*s**2/(1 - s**2)
-    covariance = np.linalg.pinv(information[:, None, None]*matrix)
-    return np.sqrt(np.einsum("nkk->nk", covariance).clip(0))
+    drrs = self.drr.render(poses, replace(self.carm, size=self.SIZES[-1]), offsets)
+    information = measure_information(level[0], drrs, level[1], score)[:, None, None]*matrix
+    return poses, offsets, score, to_standard_errors(information)
 
 # %% ../../nbs/40_register/03_register.ipynb #202f196a
 @patch
@@ -214,6 +214,5 @@ def __call__(
     about = np.zeros((len(pictures), 3)) if offsets is None else np.asarray(offsets, float)
     batches = [slice(i, i + self.BATCH) for i in range(0, len(pictures), self.BATCH)]
     parts = [self.register_batch(pictures[batch], known[batch]) for batch in batches]
-    poses, found, score, matrix = map(np.concatenate, zip(*parts))
-    shifts = np.einsum("nkc,nc->nk", rotation(poses), about - found)
-    return Registration(poses, shifts, score, self.standard_errors(pictures, poses, found, score, matrix))
+    poses, found, score, sigma = map(np.concatenate, zip(*parts))
+    return Registration(poses, np.einsum("nkc,nc->nk", rotation(poses), about - found), score, sigma)
